@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+# A torch that the system python already has is kept; otherwise constraints.txt names the tested CPU build.
+HAS_TORCH = $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+ifeq ($(HAS_TORCH),yes)
+  SITE = --system-site-packages
+  CONSTRAINTS =
+else
+  SITE =
+  CONSTRAINTS = -c constraints.txt
+endif
+
+.PHONY: demo test test-slow test-gpu check install clean
+
+demo: install
+	$(BIN)/hf-prune demo
+
+test: install
+	$(BIN)/pytest -n 2
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+test-gpu: install
+	$(BIN)/pytest -m gpu
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-real.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(SITE) $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-real.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_out .cache

@@ -1,0 +1,43 @@
+"""hf_prune: make a transformers checkpoint truly smaller and faster, repair it, and save it so that it reloads.
+
+Importing the package teaches transformers to open pruned checkpoints (see `hf_prune.checkpoint.install_loader`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import install_loader
+
+if TYPE_CHECKING:
+    from .anatomy import describe
+    from .checkpoint import save_pretrained
+    from .config import PruningConfig
+    from .oneshot import PruneResult, prune
+    from .plan import PruningPlan
+    from .report.measure import measure
+
+__all__ = ["PruneResult", "PruningConfig", "PruningPlan", "describe", "measure", "prune", "save_pretrained"]
+
+_HOME = {
+    "PruneResult": "oneshot",
+    "PruningConfig": "config",
+    "PruningPlan": "plan",
+    "describe": "anatomy",
+    "measure": "report.measure",
+    "prune": "oneshot",
+    "save_pretrained": "checkpoint",
+}
+
+install_loader()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_prune' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

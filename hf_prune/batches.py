@@ -1,0 +1,186 @@
+"""Draw calibration examples from whatever holds them, and hand them to a model without touching them.
+
+Shapes: B examples, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORE = -100
+TARGETS = ("labels", "start_positions", "end_positions")
+HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
+
+
+@dataclass
+class Batch:
+    """A few examples: model inputs without targets, the targets, and which examples are held out [B]."""
+
+    inputs: dict[str, torch.Tensor]
+    targets: dict[str, torch.Tensor]
+    held_out: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.held_out)
+
+
+def draw(
+    model: PreTrainedModel,
+    data: Any,
+    samples: int,
+    seed: int,
+    processing_class: Any = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 32,
+) -> list[Batch]:
+    """At most `samples` examples, drawn evenly over all of `data`, on the model's device.
+
+    `data` is a list or iterable of batches (dicts of tensors, first axis B), a DataLoader, or a datasets.Dataset with
+    `processing_class` or `data_collator`. Nothing in it is modified.
+
+    Raises:
+        ValueError: fewer than 8 examples, or data in another form.
+    """
+    if _is_dataset(data):
+        batches = _collate(model, data, samples, seed, processing_class, data_collator, batch_size)
+    else:
+        batches = _pick_rows([_checked(batch) for batch in _iterate(data)], samples, seed)
+    total = sum(len(next(iter(batch.values()))) for batch in batches)
+    if total < 8:
+        raise ValueError(f"{total} calibration examples: at least 8 are needed (hundreds are better).")
+    position, drawn = 0, []
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        held_out = (torch.arange(position, position + size) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
+        drawn.append(_prepare(model, batch, held_out))
+        position += size
+    return drawn
+
+
+def _is_dataset(data: Any) -> bool:
+    return hasattr(data, "column_names") and hasattr(data, "select")
+
+
+def _iterate(data: Any) -> Iterable[Any]:
+    if isinstance(data, Mapping | str) or not isinstance(data, Iterable):
+        raise ValueError(
+            f"data is a {type(data).__name__}; give a list or iterable of batches (dicts of tensors), a DataLoader, or "
+            "a datasets.Dataset with processing_class= or data_collator=."
+        )
+    return data
+
+
+def _checked(batch: Any) -> dict[str, torch.Tensor]:
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} if isinstance(batch, Mapping) else {}
+    sizes = {len(v) for v in tensors.values() if v.dim()}
+    if not tensors or len(sizes) != 1:
+        raise ValueError("Each batch must be a dict of tensors that agree in their first axis (the examples).")
+    return tensors
+
+
+def even_positions(total: int, samples: int, seed: int) -> list[int]:
+    """Sorted positions: one at random from each of `samples` equal strata of `total`."""
+    if samples >= total:
+        return list(range(total))
+    edges = torch.linspace(0, total, samples + 1, dtype=torch.float64)
+    offsets = torch.rand(samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (edges[:-1] + offsets * (edges[1:] - edges[:-1])).long().clamp_max(total - 1).tolist()
+
+
+def _pick_rows(batches: list[dict[str, torch.Tensor]], samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """The drawn rows, rows of the same shapes in one batch, batches no larger than the largest given."""
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    largest = max(sizes, default=1)
+    owners = [(i, row) for i, size in enumerate(sizes) for row in range(size)]
+    groups: dict[Any, list[dict[str, torch.Tensor]]] = {}
+    for position in even_positions(len(owners), samples, seed):
+        index, row = owners[position]
+        example = {key: value[row] for key, value in batches[index].items() if value.dim()}
+        shape = tuple((key, tuple(value.shape)) for key, value in example.items())
+        groups.setdefault(shape, []).append(example)
+    return [
+        {key: torch.stack([row[key] for row in rows[start : start + largest]]) for key in rows[0]}
+        for rows in groups.values()
+        for start in range(0, len(rows), largest)
+    ]
+
+
+def _collate(
+    model: PreTrainedModel,
+    data: Any,
+    samples: int,
+    seed: int,
+    processing_class: Any,
+    data_collator: Any,
+    batch_size: int,
+) -> list[dict[str, torch.Tensor]]:
+    collator = data_collator or _default_collator(processing_class)
+    known = set(inspect.signature(model.forward).parameters) | {"label", "label_ids"}
+    keep = [name for name in data.column_names if name in known]
+    if not keep:
+        raise ValueError(
+            f"The dataset's columns {data.column_names} hold no input of {type(model).__name__}; tokenise it first."
+        )
+    chosen = data.select(even_positions(len(data), samples, seed)).select_columns(keep)
+    rows = sorted((chosen[i] for i in range(len(chosen))), key=_length)  # little padding
+    return [
+        {k: v for k, v in collator(rows[start : start + batch_size]).items() if isinstance(v, torch.Tensor)}
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    ids = row.get("input_ids")
+    return len(ids) if ids is not None else 0
+
+
+def _default_collator(processing_class: Any) -> Any:
+    from transformers import DataCollatorWithPadding, default_data_collator
+
+    if processing_class is not None and hasattr(processing_class, "pad"):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def _prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tensor) -> Batch:
+    parameters = inspect.signature(model.forward).parameters
+    moved = {key: value.to(model.device) for key, value in batch.items()}
+    targets = {key: moved.pop(key) for key in TARGETS if key in moved}
+    inputs = {key: value for key, value in moved.items() if key in parameters}
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    if _is_seq2seq_lm(model) and "labels" in targets and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=targets["labels"])
+    return Batch(inputs, targets, held_out.to(model.device))
+
+
+def _is_seq2seq_lm(model: Any) -> bool:
+    return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+
+def forward_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Arguments for `model(**...)`: the inputs, without a cache."""
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return {**batch.inputs, **extra}
+
+
+def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor | None:
+    """True at real tokens [B*T] of a stack's side, padding excluded; None where there is no padding to know of."""
+    if stack == "decoder" and model.config.is_encoder_decoder:
+        mask = batch.inputs.get("decoder_attention_mask")
+        labels = batch.targets.get("labels")
+        if mask is None and labels is not None and labels.dim() == 2 and _is_seq2seq_lm(model):
+            mask = labels != IGNORE
+        if mask is None and "decoder_input_ids" not in batch.inputs:
+            mask = batch.inputs.get("attention_mask")  # a classifier that feeds its input to both sides
+    else:
+        mask = batch.inputs.get("attention_mask")
+    return None if mask is None or mask.dim() != 2 else mask.flatten().bool()

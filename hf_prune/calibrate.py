@@ -1,0 +1,220 @@
+"""Calibration: gate the units with forward hooks, and collect what the criteria need in one pass.
+
+Shapes: B examples, T tokens, U units, K = U*w columns of a consumer's input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import layerwise
+from .anatomy import Anatomy, quiet
+from .batches import Batch, forward_inputs, token_mask
+from .families import Attention
+from .importance import Criterion, SiteStatistics
+from .layerwise import OUTPUT
+from .losses import example_losses
+from .plan import PruningPlan, SiteKey
+from .sites import Site, consumer, get, input_axis, output_axis, ups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook that multiplies each unit's columns by its gate. gate: [B, U], or [1, U] for all examples.
+
+    The product is formed in fp32, so that the gate's gradient is accumulated in fp32 whatever the model's dtype.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        examples, units = gate.shape
+        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate[:, None, :, None]
+        return (gated.reshape(x.shape).to(x.dtype), *args[1:])
+
+    return hook
+
+
+@contextlib.contextmanager
+def gated(model: nn.Module, gates: Mapping[SiteKey, torch.Tensor], sites: Sequence[Site]) -> Iterator[None]:
+    """Install a gate on the consumer of every site in `gates`; hooks are gone afterwards, also after an error."""
+    handles = [
+        consumer(model, site).register_forward_pre_hook(gate_hook(gates[site.key]))
+        for site in sites
+        if site.key in gates
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
+    """The model as `plan` would leave it, by masks: the same outputs as after surgery, at the dense cost."""
+    plan.check(anatomy.model_type, anatomy.sizes)
+    masks = {}
+    for site in plan.sites:
+        mask = torch.zeros(1, site.of, device=model.device)
+        mask[0, list(site.kept)] = 1
+        masks[site.key] = mask
+    with gated(model, masks, anatomy.sites):
+        yield
+
+
+def gate_gradients(
+    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[SiteKey, int], batch: Batch
+) -> dict[SiteKey, torch.Tensor]:
+    """Per-example gradients of the loss with respect to the gates at 1: [B, U] per site, from one backward pass."""
+    gates = {
+        site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
+    }
+    with torch.enable_grad(), gated(model, gates, sites):
+        output = model(**forward_inputs(model, batch))
+        example_losses(model, output, batch).sum().backward()
+    return {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
+
+
+def statistics(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    seed: int,
+) -> Iterator[tuple[Site, SiteStatistics]]:
+    """What the criterion needs, site by site; second moments of one layer at a time.
+
+    Args:
+        units: number of units that each site is scored in.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with quiet(model):
+        collect = {None: _nothing, "gradients": _gradients, "moments": _moments, "gram": _grams}[criterion.needs]
+        for site, found in collect(model, sites, units, batches):
+            weight = consumer(model, site).weight.detach().float()
+            yield (
+                site,
+                SiteStatistics(
+                    units=units[site.key],
+                    weight=(weight.T if input_axis(consumer(model, site)) == 0 else weight).cpu(),
+                    weight_square=_weight_squares(model, site, units[site.key]).cpu(),
+                    generator=generator,
+                    **{key: value.cpu() for key, value in found.items()},
+                ),
+            )
+
+
+Found = Iterator[tuple[Site, dict[str, torch.Tensor]]]
+
+
+def _nothing(model: Any, sites: Sequence[Site], units: Any, batches: Any) -> Found:
+    for site in sites:
+        yield site, {}
+
+
+def _gradients(
+    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[SiteKey, int], batches: Sequence[Batch]
+) -> Found:
+    square = {site.key: torch.zeros(units[site.key], device=model.device) for site in sites}
+    absolute = {key: torch.zeros_like(value) for key, value in square.items()}
+    examples = sum(batch.size for batch in batches)
+    for batch in tqdm(batches, desc="scoring", leave=False):
+        for key, gradient in gate_gradients(model, sites, units, batch).items():
+            square[key] += gradient.square().sum(0) / examples
+            absolute[key] += gradient.abs().sum(0) / examples
+    for site in sites:
+        yield site, {"gate_square": square[site.key], "gate_abs": absolute[site.key]}
+
+
+def _moments(model: PreTrainedModel, sites: Sequence[Site], units: Any, batches: Sequence[Batch]) -> Found:
+    return _walk(model, sites, batches, full=False)
+
+
+def _grams(model: PreTrainedModel, sites: Sequence[Site], units: Any, batches: Sequence[Batch]) -> Found:
+    return _walk(model, sites, batches, full=True)
+
+
+def _walk(model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool) -> Found:
+    """Moments of every consumer's input in the dense stream, one layer at a time."""
+    for stack in dict.fromkeys(site.stack for site in sites):
+        paths = list(dict.fromkeys(site.path for site in sites if site.stack == stack))
+        layers = [model.get_submodule(path) for path in paths]
+        stream = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
+        masks = [token_mask(model, batch, stack) for batch in batches]
+        progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
+        for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
+            here = [site for site in sites if site.path == path]
+            found = {site.key: Sums(site.columns, model.device, full) for site in here}
+            for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
+                seen = layerwise.run(layer, state, arguments, inputs_of=[site.row.consumer for site in here])
+                stream.states[index] = seen[OUTPUT]
+                for site in here:
+                    if site.row.consumer in seen:
+                        found[site.key].add(rows_of(seen[site.row.consumer], masks[index]))
+            for site in here:
+                yield site, found.pop(site.key).means()
+
+
+class Sums:
+    """Running sums over tokens of a consumer's input, in fp32."""
+
+    def __init__(self, columns: int, device: torch.device, full: bool) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(columns, device=device)
+        self.square = torch.zeros(columns, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if full else None
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [n, K]"""
+        self.tokens += len(x)
+        self.total += x.sum(0)
+        self.square += x.square().sum(0)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    def means(self) -> dict[str, torch.Tensor]:
+        n = max(self.tokens, 1)
+        gram = {} if self.gram is None else {"gram": self.gram / n}
+        return {"mean": self.total / n, "square": self.square / n, **gram}
+
+
+def rows_of(x: torch.Tensor, mask: torch.Tensor | None, examples: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, T, K] or [B*T, K] -> the rows [n, K] at real tokens (of the chosen examples), in fp32."""
+    flat = x.reshape(-1, x.shape[-1])
+    keep = mask
+    if examples is not None:
+        chosen = examples.repeat_interleave(len(flat) // len(examples))
+        keep = chosen if keep is None else keep & chosen
+    return (flat if keep is None else flat[keep]).float()
+
+
+def _weight_squares(model: nn.Module, site: Site, units: int) -> torch.Tensor:
+    """Sum of squares of all weights that go with a unit. [U]"""
+    layer = model.get_submodule(site.path)
+    out = consumer(model, site)
+    columns = _squares(out, input_axis(out))
+    if not isinstance(site.row, Attention):
+        for path in ups(layer, site.row):
+            columns = columns + _squares(get(layer, path), output_axis(get(layer, path))).view(-1, site.columns).sum(0)
+        return columns.view(units, -1).sum(1)
+    rows = {path: _squares(get(layer, path), output_axis(get(layer, path))) for path in set(site.row.producers)}
+    kv_columns = site.kv_heads * site.head_dim
+    if site.row.q == site.row.k:
+        q, k, v = rows[site.row.q].split([site.columns, kv_columns, kv_columns])
+    else:
+        q, k, v = (rows[path] for path in site.row.producers)
+    squares = (columns + q).view(units, -1).sum(1)
+    return squares + (k + v).view(units, -1).sum(1) if units == site.kv_heads else squares
+
+
+def _squares(module: Any, axis: int) -> torch.Tensor:
+    return module.weight.detach().float().square().sum(1 - axis)

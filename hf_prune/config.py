@@ -1,0 +1,151 @@
+"""What a user decides about pruning: one dataclass, presets by published name, YAML recipes."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+Metric = Literal["macs", "params"]
+Scope = Literal["model", "blocks"]
+Criterion = Literal["fisher", "taylor", "magnitude", "activation", "fluctuation", "hessian", "random"]
+Shapes = Literal["stock", "uniform", "per_layer"]
+Repair = Literal["least_squares", "bias", "none"]
+UNIT_CHOICES = ("heads", "kv_groups", "neurons")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PruningConfig:
+    """How much to remove, from what, by which criterion and in which shapes.
+
+    Raises:
+        ValueError: a field is out of its allowed set; the message names the field, the value and the set.
+    """
+
+    keep: float = field(default=0.5, metadata=_help("Fraction of the cost that remains, 0 < keep <= 1."))
+    metric: Metric = field(default="macs", metadata=_help("What `keep` is a fraction of: multiply-adds or parameters."))
+    scope: Scope | None = field(
+        default=None,
+        metadata=_help(
+            "'model' counts everything (default for macs); 'blocks' counts attention, FFN and their norms, "
+            "no embeddings and no head (default for params)."
+        ),
+    )
+    units: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "What may be removed: any of heads, kv_groups, neurons. Default: neurons, with kv_groups where query heads "
+            "share KV heads, else with heads; without either where `shapes` is stock and the stock class cannot say it."
+        ),
+    )
+    criterion: Criterion | None = field(
+        default=None,
+        metadata=_help("Importance score. Default: fisher where there is a loss, else hessian."),
+    )
+    shapes: Shapes = field(
+        default="stock",
+        metadata=_help(
+            "'stock': only what the stock class can express; 'uniform': heads and neurons, the same counts in every "
+            "layer of a stack; 'per_layer': each layer its own counts."
+        ),
+    )
+    align: int | None = field(
+        default=None,
+        metadata=_help("Round kept FFN widths to this multiple. Default: 32 on CPU, 64 on GPU, less for narrow FFNs."),
+    )
+    repair: Repair = field(
+        default="least_squares",
+        metadata=_help("Correction of the kept weights: least squares, bias only (FLAP), or none."),
+    )
+    calibration_samples: int = field(default=1024, metadata=_help("Examples drawn from the data, at least 8."))
+    calibration_seed: int = field(default=0, metadata=_help("Seed of the draw (and of criterion random)."))
+    sequence_length: int = field(
+        default=128,
+        metadata=_help("Tokens per example at which MACs are counted; vision models take it from the image."),
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not math.isfinite(self.keep) or not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep!r}: the fraction that remains must satisfy 0 < keep <= 1.")
+        self.scope = self.scope or ("model" if self.metric == "macs" else "blocks")
+        _choice("metric", self.metric, get_args(Metric))
+        _choice("scope", self.scope, get_args(Scope))
+        _choice("shapes", self.shapes, get_args(Shapes))
+        _choice("repair", self.repair, get_args(Repair))
+        if self.criterion is not None:
+            _choice("criterion", self.criterion, get_args(Criterion))
+        if self.units is not None:
+            self.units = list(self.units)
+            if not self.units:
+                raise ValueError(f"units=[]: name at least one of {', '.join(UNIT_CHOICES)}, or leave it None.")
+            for unit in self.units:
+                _choice("units", unit, UNIT_CHOICES)
+        for name, least in (("calibration_samples", 8), ("sequence_length", 1), ("align", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}.")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> PruningConfig:
+        """The configuration of a published method (see `PRESETS`), with `changes` on top.
+
+        Raises:
+            ValueError: unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"No preset {name!r}. Known: {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
+        """Build from a mapping; keys of a newer hf_prune are ignored with a warning."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            warnings.warn(f"PruningConfig ignores unknown keys {unknown}; known: {sorted(known)}.", stacklevel=2)
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> PruningConfig:
+        """Read the `pruning:` section of a recipe, or a file of bare fields."""
+        data = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(data).__name__}.")
+        return cls.from_dict(data.get("pruning", data))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump({"pruning": self.to_dict()}, sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # weights only, L2 norm of a unit's weights (Han et al. 2015, as structured pruning uses it)
+    "magnitude": {"criterion": "magnitude", "repair": "none", "shapes": "uniform"},
+    # Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1: heads by |gate gradient|
+    "michel2019": {"criterion": "taylor", "repair": "none", "shapes": "per_layer", "units": ["heads"]},
+    # Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers": diagonal Fisher, MAC target, rescale
+    "kwon2022": {"criterion": "fisher", "repair": "least_squares", "shapes": "per_layer"},
+    # An et al. 2024 (FLAP) section 4 calls the structured form of Wanda (Sun et al. 2023) Wanda-sp
+    "wanda-sp": {"criterion": "activation", "repair": "none", "shapes": "uniform"},
+    # An et al. 2024, "Fluctuation-based Adaptive Structured Pruning": WIFV score, bias compensation
+    "flap": {"criterion": "fluctuation", "repair": "bias", "shapes": "per_layer"},
+    # Ma et al. 2023, "LLM-Pruner", section 3.2: first-order Taylor of the loss
+    "llm-pruner": {"criterion": "taylor", "repair": "none", "shapes": "uniform"},
+}
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")

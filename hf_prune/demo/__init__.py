@@ -1,0 +1,1 @@
+"""`hf-prune demo`: a real model, real reviews, three shapes, no training after the cut."""

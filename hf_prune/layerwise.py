@@ -1,0 +1,119 @@
+"""Run a stack one layer at a time over cached hidden states, so that no layer is ever run from the bottom again.
+
+Shapes: B examples, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Kwargs = dict[str, Any]
+OUTPUT = ""  # the layer's own output among what `run` has seen
+
+
+class _Stop(Exception):
+    """Raised by a hook that has what it came for."""
+
+
+@dataclass
+class Stream:
+    """Hidden states [B, T, D] per batch in front of a layer, and what each layer is called with besides them."""
+
+    states: list[torch.Tensor]
+    kwargs: list[list[Kwargs]]  # [layer][batch]
+
+    def copy(self) -> Stream:
+        return Stream(list(self.states), self.kwargs)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> Stream:
+    """Run the model up to the last of `layers` and keep what enters the first, and every layer's other arguments."""
+    states: list[torch.Tensor] = []
+    kwargs: list[list[Kwargs]] = [[] for _ in layers]
+
+    def record(index: int) -> Any:
+        signature = inspect.signature(layers[index].forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], named: Kwargs) -> None:
+            arguments = dict(signature.bind(*args, **named).arguments)
+            first = next(iter(signature.parameters))
+            hidden = arguments.pop(first)
+            arguments.update(arguments.pop("kwargs", {}))
+            kwargs[index].append(arguments)
+            if index == 0:
+                states.append(hidden)
+            if index == len(layers) - 1:
+                raise _Stop
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        for batch in batches:
+            with contextlib.suppress(_Stop):
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Stream(states, kwargs)
+
+
+@torch.no_grad()
+def run(
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    kwargs: Kwargs,
+    inputs_of: Sequence[str] = (),
+    outputs_of: Sequence[str] = (),
+    stop_at: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """One layer on one batch: the asked inputs and outputs of its submodules by path, and its own under `OUTPUT`.
+
+    With `stop_at` the layer is left as soon as that path has been recorded, before it has an output.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for path in inputs_of:
+            hooks.enter_context(_tap_input(layer.get_submodule(path), path, seen, path == stop_at))
+        for path in outputs_of:
+            hooks.enter_context(_tap_output(layer.get_submodule(path), path, seen, path == stop_at))
+        with contextlib.suppress(_Stop):
+            output = layer(hidden, **kwargs)
+            seen[OUTPUT] = output if isinstance(output, torch.Tensor) else output[0]
+    return seen
+
+
+@contextlib.contextmanager
+def _tap_input(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[path] = args[0]
+        if stop:
+            raise _Stop
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _tap_output(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen[path] = output
+        if stop:
+            raise _Stop
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

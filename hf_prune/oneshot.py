@@ -1,0 +1,283 @@
+"""prune(): score, decide, then cut and repair layer by layer. The order of calls; the maths lives elsewhere.
+
+Shapes: B examples, T tokens, n tokens of a batch, K input columns of a consumer, D hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import layerwise
+from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of
+from .anatomy import Anatomy, describe, quiet
+from .batches import Batch, draw, forward_inputs, token_mask
+from .calibrate import statistics
+from .config import PruningConfig
+from .importance import CRITERIA
+from .layout import KEY, write_
+from .losses import has_loss
+from .plan import PruningPlan, SiteKey
+from .sequential import StackRepair
+from .sites import Site
+from .surgery import cut_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAN_FILE = "pruning_plan.json"
+PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
+
+
+@dataclass
+class PruneResult:
+    """The pruned model (the one handed in), the plan relative to it as it was handed in, scores, and a report."""
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    scores: dict[SiteKey, torch.Tensor]
+    report: dict[str, Any]
+
+
+@dataclass
+class Record:
+    """What a pruned model in memory remembers: its plan into the dense model, and rows to prove a save with."""
+
+    plan: PruningPlan
+    batch: Batch | None
+
+
+@dataclass
+class Analysis:
+    """One statistics pass: scores from which plans for any `keep` follow without running the model again."""
+
+    anatomy: Anatomy
+    config: PruningConfig  # with the criterion filled in
+    batches: list[Batch]
+    scores: dict[SiteKey, torch.Tensor]
+    align: int
+    seconds: float
+
+    def plan(self, keep: float | None = None) -> PruningPlan:
+        """The plan for a `keep` (default: the config's).
+
+        Raises:
+            ValueError: not reachable with these units and shapes.
+        """
+        config = self.config if keep is None else replace(self.config, keep=keep)
+        comparable = CRITERIA[str(config.criterion)].comparable
+        return allocate(self.anatomy, self.scores, config, self.align, comparable)
+
+
+def analyze(
+    model: PreTrainedModel,
+    data: Any,
+    config: PruningConfig | None = None,
+    *,
+    processing_class: Any = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+) -> Analysis:
+    """Score every unit of a model on calibration data; nothing is changed.
+
+    Raises:
+        ValueError: see `prune`.
+    """
+    started = time.perf_counter()
+    config = config or PruningConfig()
+    anatomy = describe(model)
+    align = config.align or default_align(anatomy, model.device.type)
+    units = choose_units(anatomy, config)
+    _check_repair(anatomy, config)
+    _check_reachable(anatomy, config, align)
+    batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
+    config = replace(config, criterion=_criterion(model, batches, config))
+    criterion = CRITERIA[str(config.criterion)]
+    sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
+    scores = {}
+    for site, found in statistics(model, anatomy.sites, sizes, batches, criterion, config.calibration_seed):
+        score = criterion.score(found)
+        if not torch.isfinite(score).all():
+            raise ValueError(
+                f"{site.name}: the {criterion.name} score is NaN or infinite. Check the calibration data and the "
+                f"model's dtype ({model.dtype}); float16 overflows where bfloat16 or float32 do not."
+            )
+        scores[site.key] = score
+    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started)
+
+
+def prune(
+    model: PreTrainedModel,
+    data: Any,
+    config: PruningConfig | None = None,
+    *,
+    processing_class: Any = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    plan: PruningPlan | None = None,
+) -> PruneResult:
+    """Make a model smaller in place: score, decide, cut and repair; its config then says the new sizes.
+
+    Args:
+        data: list or iterable of batches (dicts of tensors for `model(**batch)`), a DataLoader, or a datasets.Dataset
+            with `processing_class` or `data_collator`.
+        plan: replay this plan instead of deciding one (it is checked against the model; no scoring pass).
+
+    Raises:
+        ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
+            examples; `keep` not reachable; `repair="bias"` without biases; NaN in the scores; a plan for another
+            model. All before anything is changed.
+    """
+    config = config or PruningConfig()
+    if plan is None:
+        analysis = analyze(model, data, config, processing_class=processing_class, data_collator=data_collator)
+        return apply(model, analysis)
+    anatomy = describe(model)
+    plan.check(anatomy.model_type, anatomy.sizes)
+    _check_repair(anatomy, config)
+    batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
+    return apply(model, Analysis(anatomy, config, batches, {}, config.align or 1, 0.0), plan)
+
+
+def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None = None) -> PruneResult:
+    """Cut and repair a model by a plan (default: the analysis' own for its config). In place."""
+    plan = plan or analysis.plan()
+    anatomy, config = analysis.anatomy, analysis.config
+    plan.check(anatomy.model_type, anatomy.sizes)
+    earlier = record_of(model)
+    started = time.perf_counter()
+    repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
+    if not plan.is_identity:
+        write_(model, _summary(model, plan, config))
+    composed = plan if earlier is None else earlier.plan.compose(plan)
+    model._hf_prune = Record(composed, _proof_rows(analysis.batches))  # type: ignore[assignment]
+    report = {
+        **plan.cost,
+        "criterion": config.criterion,
+        "repairs": repairs,
+        "other_shapes": _other_shapes(analysis, plan),
+        "seconds": {"score": analysis.seconds, "cut_and_repair": time.perf_counter() - started},
+    }
+    return PruneResult(model, plan, analysis.scores, report)
+
+
+# --- checks before anything is changed -------------------------------------------------------------------------------
+
+
+def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
+    without = [site.name for site in anatomy.sites if not site.has_bias]
+    if config.repair == "bias" and without:
+        raise ValueError(
+            f"repair='bias' needs a bias on every consumer; {len(without)} have none in a stock {anatomy.model_type} "
+            f"(first: {without[0]}), and one is never created. Use repair='least_squares' or 'none'."
+        )
+
+
+def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> None:
+    if reachable(anatomy, config, align) > config.keep:
+        flat = {
+            site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
+        }
+        allocate(anatomy, flat, config, align)  # raises, and says what can be reached
+
+
+def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
+    loss = has_loss(model, batches)
+    if config.criterion is None:
+        return "fisher" if loss else "hessian"
+    if CRITERIA[config.criterion].needs == "gradients" and not loss:
+        raise ValueError(
+            f"criterion={config.criterion!r} needs a loss, and {type(model).__name__} with targets "
+            f"{sorted(batches[0].targets)} has none. Give labels and a model with a head, or use criterion='hessian' "
+            "(or None, which picks it)."
+        )
+    return config.criterion
+
+
+# --- cut and repair --------------------------------------------------------------------------------------------------
+
+
+def _cut_and_repair_(
+    model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, batches: Sequence[Batch], method: str
+) -> list[dict[str, Any]]:
+    if method == "none":
+        for site in anatomy.sites:
+            if not plan[site.key].is_identity:
+                cut_(model.get_submodule(site.path), site, plan[site.key].unit, plan[site.key].kept)
+        return []
+    reports: list[dict[str, Any]] = []
+    inputs = [forward_inputs(model, batch) for batch in batches]
+    stacks = list(dict.fromkeys(site.stack for site in anatomy.sites))
+    with quiet(model), torch.no_grad():
+        dense = {stack: layerwise.capture(model, _layers(model, anatomy, stack), inputs) for stack in stacks}
+        for stack in stacks:
+            layers = _layers(model, anatomy, stack)
+            # a later stack also reads what the stacks before it, cut by now, give
+            pruned = dense[stack].copy() if stack == stacks[0] else layerwise.capture(model, layers, inputs)
+            masks = [token_mask(model, batch, stack) for batch in batches]
+            held_out = [batch.held_out for batch in batches]
+            offset = anatomy.family.norm_offset
+            work = StackRepair(plan, method, dense.pop(stack), pruned, masks, held_out, offset)
+            reports += work.run_(layers, _by_layer(anatomy, stack))
+    return reports
+
+
+def _layers(model: nn.Module, anatomy: Anatomy, stack: str) -> list[nn.Module]:
+    return [model.get_submodule(sites[0].path) for sites in _by_layer(anatomy, stack)]
+
+
+def _by_layer(anatomy: Anatomy, stack: str) -> list[list[Site]]:
+    layers: dict[int, list[Site]] = {}
+    for site in anatomy.sites:
+        if site.stack == stack:
+            layers.setdefault(site.layer, []).append(site)
+    return list(layers.values())
+
+
+# --- what is remembered and reported ---------------------------------------------------------------------------------
+
+
+def record_of(model: PreTrainedModel) -> Record | None:
+    """What an earlier prune() in this process, or the directory that the model was loaded from, knows of its cuts."""
+    record = getattr(model, "_hf_prune", None)
+    if record is None and model.config.__dict__.get(KEY):
+        path = Path(model.config._name_or_path) / PLAN_FILE
+        record = Record(PruningPlan.load(path), None) if path.is_file() else None
+    return record
+
+
+def _summary(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> dict[str, Any]:
+    previous = model.config.__dict__.get(KEY, {})
+    return {
+        "version": version("hf-prune"),
+        "base_model": previous.get("base_model") or model.config._name_or_path,
+        "criterion": config.criterion,
+        "repair": config.repair,
+        "before": previous.get("before") or plan.cost.get("before", {}),
+        "after": plan.cost.get("after", {}),
+        "plan": plan.hash,
+    }
+
+
+def _proof_rows(batches: Sequence[Batch]) -> Batch:
+    first = batches[0]
+    return Batch({k: v[:PROOF_ROWS] for k, v in first.inputs.items()}, {}, first.held_out[:PROOF_ROWS])
+
+
+def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, float]]:
+    """What the other shapes would keep and lose of the score at the same target, from the same statistics."""
+    others = {}
+    for shapes in SHAPES if analysis.scores and not plan.is_identity else ():
+        if shapes == analysis.config.shapes:
+            continue
+        changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config["keep"]))  # type: ignore[arg-type]
+        with contextlib.suppress(ValueError):  # these units cannot reach the target in those shapes
+            other = replace(analysis, config=changed).plan()
+            others[shapes] = {key: other.cost[key] for key in ("keep", "predicted_loss")}
+    return others

@@ -1,0 +1,180 @@
+"""The one decision object: which units of the dense model are kept, per site. Frozen, JSON, no tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+UNITS = ("head", "kv_group", "neuron")
+SiteKey = tuple[str, int, str]  # (stack, layer, kind)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The kept units of one site: sorted indices into the `of` units of the dense model."""
+
+    stack: str
+    layer: int
+    kind: str
+    unit: str  # "head" · "kv_group" (one KV head with its query heads) · "neuron"
+    of: int
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", tuple(self.kept))
+        where = f"{self.stack} layer {self.layer} {self.kind}"
+        if self.unit not in UNITS:
+            raise ValueError(f"{where}: unit {self.unit!r} is not one of {', '.join(UNITS)}.")
+        if not self.kept:
+            raise ValueError(f"{where}: a plan must keep at least one {self.unit}.")
+        if list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0 or self.kept[-1] >= self.of:
+            raise ValueError(
+                f"{where}: kept indices must be sorted, without repeats and within 0..{self.of - 1}; got {self.kept}."
+            )
+
+    @property
+    def key(self) -> SiteKey:
+        return (self.stack, self.layer, self.kind)
+
+    @property
+    def is_identity(self) -> bool:
+        return len(self.kept) == self.of
+
+
+def _as_heads(site: SitePlan, heads_a_group: int) -> SitePlan:
+    """A plan of KV groups as the plan of their query heads."""
+    kept = tuple(g * heads_a_group + j for g in site.kept for j in range(heads_a_group))
+    return replace(site, unit="head", of=site.of * heads_a_group, kept=kept)
+
+
+def _compose_site(first: SitePlan, then: SitePlan) -> SitePlan:
+    if first.unit != then.unit:
+        if first.unit == "kv_group":
+            first = _as_heads(first, then.of // len(first.kept))
+        else:
+            then = _as_heads(then, len(first.kept) // then.of)
+    if then.of != len(first.kept):
+        raise ValueError(
+            f"{then.key}: the second plan was made for {then.of} {then.unit}s, the first keeps {len(first.kept)}."
+        )
+    return replace(first, kept=tuple(first.kept[i] for i in then.kept))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept indices per site into the dense model, with how it was decided (`config`) and what it costs (`cost`)."""
+
+    model_type: str
+    sites: tuple[SitePlan, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        keys = [site.key for site in self.sites]
+        if len(keys) != len(set(keys)):
+            raise ValueError("A plan names each site once; found a site twice.")
+
+    def __getitem__(self, key: SiteKey) -> SitePlan:
+        return next(site for site in self.sites if site.key == key)
+
+    @property
+    def is_identity(self) -> bool:
+        return all(site.is_identity for site in self.sites)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical `sites`: the identity of the decision."""
+        canonical = json.dumps(sorted(self.to_dict()["sites"], key=_site_order), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def check(self, model_type: str, sizes: Mapping[SiteKey, Mapping[str, int]]) -> None:
+        """Raise ValueError unless the plan was made for this model type and these sizes (site -> unit -> count)."""
+        if model_type != self.model_type:
+            raise ValueError(
+                f"This plan was made for model_type {self.model_type!r}, the model is {model_type!r}. "
+                f"Make a plan for this model with prune()."
+            )
+        wrong = [
+            f"{site.key}: plan {site.of} {site.unit}s, model {sizes.get(site.key, {}).get(site.unit, 'no such site')}"
+            for site in self.sites
+            if sizes.get(site.key, {}).get(site.unit) != site.of
+        ]
+        wrong += [f"{key}: not in the plan" for key in sizes if key not in {site.key for site in self.sites}]
+        if wrong:
+            raise ValueError(
+                f"This plan ({self.hash[:12]}) was made for another model; {len(wrong)} sites differ, first "
+                f"{wrong[0]}. Use the model that it was made for, or make a plan with prune()."
+            )
+
+    def compose(self, then: PruningPlan) -> PruningPlan:
+        """This plan followed by `then` (made for the model that this one leaves), as one plan for the dense model."""
+        later = {site.key: site for site in then.sites}
+        sites = tuple(_compose_site(site, later[site.key]) if site.key in later else site for site in self.sites)
+        return PruningPlan(self.model_type, sites, then.config, then.cost)
+
+    def summary(self) -> str:
+        """One line a stack and kind: kept counts per layer."""
+        rows: dict[tuple[str, str], list[SitePlan]] = {}
+        for site in self.sites:
+            rows.setdefault((site.stack, site.kind), []).append(site)
+        lines = []
+        for (stack, kind), sites in rows.items():
+            counts = [len(site.kept) for site in sites]
+            shown = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+            lines.append(f"{stack} {kind}: {shown} of {sites[0].of} {sites[0].unit}s in {len(sites)} layers")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        sites = [{**site.__dict__, "kept": list(site.kept)} for site in self.sites]
+        return {
+            "format": FORMAT,
+            "model_type": self.model_type,
+            "sites": sites,
+            "config": dict(self.config),
+            "cost": dict(self.cost),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        if data.get("format") != FORMAT:
+            raise ValueError(f"Plan format {data.get('format')!r} is not {FORMAT}; upgrade hf_prune.")
+        fields = ("stack", "layer", "kind", "unit", "of", "kept")
+        sites = tuple(SitePlan(**{name: site[name] for name in fields}) for site in data["sites"])
+        return cls(data["model_type"], sites, data.get("config", {}), data.get("cost", {}))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        return cls.from_dict(json.loads(text))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(self.to_json() + "\n")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        return cls.from_json(Path(path).read_text())
+
+    def diff(self, other: PruningPlan) -> Iterable[tuple[SiteKey, tuple[int, ...], tuple[int, ...]]]:
+        """(site, units kept only here, units kept only in `other`) for every site that differs."""
+        theirs = {site.key: set(site.kept) for site in other.sites}
+        for site in self.sites:
+            mine, their = set(site.kept), theirs.get(site.key, set())
+            if mine != their:
+                yield site.key, tuple(sorted(mine - their)), tuple(sorted(their - mine))
+
+
+def _site_order(site: Mapping[str, Any]) -> tuple[str, int, str]:
+    return (site["stack"], site["layer"], site["kind"])

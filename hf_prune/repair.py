@@ -1,0 +1,144 @@
+"""Closed-form correction of the weights that remain, to match the dense model sublayer by sublayer. Pure maths.
+
+Shapes: n tokens, S kept input columns of the consumer and one more where it has a bias (A = [X_S, 1]), D outputs.
+
+The refit solves W' = argmin ‖A W'ᵀ - R‖² + λ‖W' - W_S‖² (bias unpenalised). R blends two targets: *own*, the dense
+projection of all inputs (kept and cut) in the pruned stream; and *residual*, which adds r = (dense stream after the
+sublayer) - (pruned stream before it) - own, and so also corrects what went wrong below.
+Sources: OBS (Hassibi & Stork 1993), whose many-column form W G_:S G_SS⁻¹ is the own target without a ridge;
+Kwon et al. 2022, section 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # relative to the mean diagonal of AᵀA
+BLENDS = (0.0, 0.5, 1.0)  # 0 own target, 1 residual target
+TOKENS_A_COLUMN = 10  # fewer calibration tokens per refitted column raise the ridge
+
+
+class Moments:
+    """Sums over tokens, fp32: AᵀA [S, S], ownᵀA and rᵀA [D, S], and ‖own + r‖²."""
+
+    def __init__(self, outputs: int, columns: int, has_bias: bool, device: torch.device) -> None:
+        self.has_bias = has_bias
+        self.gram = torch.zeros(columns + has_bias, columns + has_bias, device=device)
+        self.own = torch.zeros(outputs, columns + has_bias, device=device)
+        self.residual = torch.zeros_like(self.own)
+        self.target_square = torch.zeros((), device=device, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, own: torch.Tensor, residual: torch.Tensor) -> None:
+        """x: kept inputs [n, S]; own, residual: [n, D]; all fp32."""
+        a = torch.cat([x, x.new_ones(len(x), 1)], 1) if self.has_bias else x
+        self.gram.addmm_(a.T, a)
+        self.own.addmm_(own.T, a)
+        self.residual.addmm_(residual.T, a)
+        self.target_square += (own + residual).square().sum()
+        self.tokens += len(x)
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Mean over tokens of ‖A W'ᵀ - (own + r)‖² for weight W' [D, S]."""
+        weight = weight.double()
+        square = (weight @ self.gram.double() * weight).sum()
+        cross = (weight * (self.own.double() + self.residual.double())).sum()
+        return float((square - 2 * cross + self.target_square) / max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What became of one consumer. Errors are mean squares per token on held-out rows against the residual target."""
+
+    weight: torch.Tensor  # [D, S], with the bias as last column where there is one
+    ridge: float | None
+    blend: float | None
+    error_before: float
+    error_after: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.error_after < self.error_before
+
+
+def solve(weight: torch.Tensor, moments: Moments, ridge: float, blends: Sequence[float]) -> list[torch.Tensor]:
+    """The refitted weights [D, S] for each blend, in fp64.
+
+    Args:
+        weight: what the plain cut leaves, [D, S], the bias as last column where there is one.
+        ridge: relative to the mean diagonal of AᵀA.
+    """
+    gram, weight = moments.gram.double(), weight.double()
+    columns = len(gram) - moments.has_bias
+    penalty = torch.full_like(gram[0], ridge) * gram.diagonal()[:columns].mean().clamp_min(1e-12)
+    if moments.has_bias:
+        penalty[-1] = 0
+    factor = torch.linalg.cholesky(gram + torch.diag(penalty + 1e-9 * penalty.max()))
+    own = moments.own.double() + penalty * weight
+    targets = [own + blend * moments.residual.double() for blend in blends]
+    return list(torch.cholesky_solve(torch.cat(targets).T, factor).T.chunk(len(targets)))
+
+
+def refit(
+    weight: torch.Tensor,
+    calibration: Moments,
+    held_out: Moments,
+    blends: Sequence[float] = BLENDS,
+    ridges: Sequence[float] = RIDGES,
+) -> Refit:
+    """Least squares with the ridge and blend of least held-out error; the plain cut [D, S] where none is better."""
+    before = held_out.error(weight)
+    best = Refit(weight, None, None, before, before)
+    shortage = max(1.0, TOKENS_A_COLUMN * weight.shape[1] / max(calibration.tokens, 1))
+    for ridge in ridges if calibration.tokens and held_out.tokens else ():
+        for blend, candidate in zip(blends, solve(weight, calibration, ridge * shortage, blends), strict=True):
+            error = held_out.error(candidate)
+            if error < best.error_after:
+                best = Refit(candidate, ridge * shortage, blend, before, error)
+    return best
+
+
+def shift_bias(weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
+    """Bias compensation only: b' = b + W_P·mean(X_P) (FLAP, An et al. 2024, eq. 7), if held-out error falls."""
+    before = held_out.error(weight)
+    missing = calibration.own[:, -1].double() - weight.double() @ calibration.gram[:, -1].double()
+    shifted = weight.double().clone()
+    shifted[:, -1] += missing / max(calibration.tokens, 1)
+    after = held_out.error(shifted)
+    return Refit(shifted, None, None, before, after) if after < before else Refit(weight, None, None, before, before)
+
+
+class ChannelSums:
+    """Sums over tokens for one regression per channel, y ≈ scale·z + shift. All [D], fp64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.z, self.zz, self.y, self.zy, self.yy = torch.zeros(5, width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, z: torch.Tensor, y: torch.Tensor) -> None:
+        """z: norm output in the pruned stream, y: what it should be; [n, D] fp32."""
+        self.tokens += len(z)
+        for total, value in ((self.z, z), (self.zz, z * z), (self.y, y), (self.zy, z * y), (self.yy, y * y)):
+            total += value.sum(0, dtype=torch.float64)
+
+    def error(self, scale: torch.Tensor, shift: torch.Tensor) -> float:
+        """Mean over tokens of ‖scale·z + shift - y‖²."""
+        square = scale**2 * self.zz + 2 * scale * shift * self.z + self.tokens * shift**2
+        cross = scale * self.zy + shift * self.y
+        return float((square - 2 * cross + self.yy).sum() / max(self.tokens, 1))
+
+
+def refit_channels(
+    calibration: ChannelSums, held_out: ChannelSums, with_shift: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Scale and shift [D] per channel; None where they do not lower the held-out error."""
+    c, n = calibration, max(calibration.tokens, 1)
+    mean_z, mean_y = (c.z / n, c.y / n) if with_shift else (torch.zeros_like(c.z), torch.zeros_like(c.y))
+    variance = (c.zz / n - mean_z**2).clamp_min(1e-12)
+    scale = (c.zy / n - mean_z * mean_y) / variance
+    shift = mean_y - scale * mean_z
+    identity = held_out.error(torch.ones_like(scale), torch.zeros_like(shift))
+    return (scale, shift) if held_out.error(scale, shift) < identity else None

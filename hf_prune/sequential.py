@@ -1,0 +1,231 @@
+"""Cut and repair one stack, bottom to top: the dense and the pruned stream advance together, one layer at a time.
+
+Within a layer each sublayer is cut and repaired before the next is looked at, so that every refit sees the inputs that
+the finished model will give it. "The stream" is the residual (pre-norm), or the sum before the norm (post-LN).
+
+Shapes: B examples, T tokens, n real tokens, K input columns of a consumer, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from . import layerwise
+from .calibrate import rows_of
+from .layerwise import OUTPUT, Stream
+from .plan import PruningPlan, SitePlan
+from .repair import BLENDS, TOKENS_A_COLUMN, ChannelSums, Moments, Refit, refit, refit_channels, shift_bias
+from .sites import Site, input_axis
+from .surgery import cut_, kept_columns
+
+
+@dataclass
+class Targets:
+    """What the dense stream is around one sublayer, per batch: [B, T, D]."""
+
+    summed: list[torch.Tensor] = field(default_factory=list)  # stream before + the sublayer's contribution
+    after: list[torch.Tensor] = field(default_factory=list)  # the same behind a post-LN norm
+
+
+@dataclass
+class StackRepair:
+    """Both streams of one stack, and which rows count.
+
+    `masks` [B*T] are True at real tokens, `held_out` [B] at examples that only accept or refuse a repair.
+    """
+
+    plan: PruningPlan
+    method: str  # "least_squares" or "bias"
+    dense: Stream
+    pruned: Stream
+    masks: Sequence[torch.Tensor | None]
+    held_out: Sequence[torch.Tensor]
+    norm_offset: float = 0.0
+
+    def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
+        """Cut and repair all layers in place; one report per cut site."""
+        reports = []
+        progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
+        for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
+            targets = self._advance_dense(index, layer, here)
+            outputs: list[torch.Tensor] = []
+            for position, site in enumerate(here):
+                if not self.plan[site.key].is_identity:
+                    report, outputs = self._site_(index, layer, here[: position + 1], targets[site.kind])
+                    reports.append(report)
+            ends_here = here[-1].row.norm_place == "after"  # its refitted norm is what the layer returns
+            self.pruned.states = outputs if outputs and ends_here else self._advance_pruned(index, layer)
+        return reports
+
+    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> dict[str, Targets]:
+        targets = {site.kind: Targets() for site in sites}
+        wanted = [path for site in sites for path in {site.row.consumer, _end(site)}]
+        for batch, state in enumerate(self.dense.states):
+            seen = layerwise.run(layer, state, self.dense.kwargs[index][batch], outputs_of=wanted)
+            for site in sites:
+                if site.row.consumer in seen:
+                    part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
+                    targets[site.kind].summed.append(state + seen[part].view_as(state))
+                    state = _after(state, seen, site)
+                    targets[site.kind].after.append(state)
+            self.dense.states[batch] = seen[OUTPUT]
+        return targets
+
+    def _advance_pruned(self, index: int, layer: nn.Module) -> list[torch.Tensor]:
+        pairs = zip(self.pruned.states, self.pruned.kwargs[index], strict=True)
+        return [layerwise.run(layer, state, arguments)[OUTPUT] for state, arguments in pairs]
+
+    def _site_(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets
+    ) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """Cut and repair the last of the sublayers `upto`; those before it are done.
+
+        Returns the report, and the outputs of its refitted norm where it has one.
+        """
+        site = upto[-1]
+        planned = self.plan[site.key]
+        consumer = layer.get_submodule(site.row.consumer)
+        calibration, held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
+        cut_(layer, site, planned.unit, planned.kept)
+        self._cut_arguments(index, site, planned)
+        result = self._solve(site, matrix_of(consumer), calibration, held_out)
+        set_matrix_(consumer, result.weight)
+        report = {
+            "site": site.name,
+            "error_before": result.error_before,
+            "error_after": result.error_after,
+            "accepted": result.accepted,
+            "ridge": result.ridge,
+            "blend": result.blend,
+        }
+        outputs: list[torch.Tensor] = []
+        if self.method == "least_squares" and site.row.norm_place and calibration.tokens:
+            report["norm_refitted"], outputs = self._norm_(index, layer, upto, targets)
+        return report, outputs
+
+    def _before(self, state: torch.Tensor, seen: Mapping[str, torch.Tensor], done: Sequence[Site]) -> torch.Tensor:
+        """The pruned stream in front of a sublayer, from what the finished sublayers gave."""
+        for site in done:
+            if _end(site) in seen:
+                state = _after(state, seen, site)
+        return state
+
+    def _moments(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets, dense: torch.Tensor
+    ) -> tuple[Moments, Moments]:
+        *done, site = upto
+        kept = kept_columns(site, self.plan[site.key].unit, self.plan[site.key].kept).to(dense.device)
+        calibration, held_out = (
+            Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in ("calibration", "held out")
+        )
+        weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
+        path = site.row.consumer
+        for batch, state in enumerate(self.pruned.states):
+            arguments = self.pruned.kwargs[index][batch]
+            ends = [_end(other) for other in done]
+            seen = layerwise.run(layer, state, arguments, inputs_of=[path], outputs_of=ends, stop_at=path)
+            if path not in seen:
+                continue
+            wanted = targets.summed[batch] - self._before(state, seen, done)
+            for moments, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
+                x = rows_of(seen[path], self.masks[batch], examples)
+                own = functional.linear(x, weight, bias)
+                if site.row.norm_place == "inside":
+                    residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
+                else:
+                    residual = rows_of(wanted, self.masks[batch], examples) - own
+                moments.add(x[:, kept], own, residual)
+        return calibration, held_out
+
+    def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
+        if self.method == "bias":
+            return shift_bias(weight, calibration, held_out)
+        if 0 < calibration.tokens < TOKENS_A_COLUMN * weight.shape[1]:
+            warnings.warn(
+                f"{calibration.tokens} calibration tokens to refit {weight.shape[1]} columns (at least "
+                f"{TOKENS_A_COLUMN} a column are advised): the refit is held closer to the original weights. "
+                "Give more or longer examples.",
+                stacklevel=2,
+            )
+        return refit(weight, calibration, held_out, (0.0,) if site.row.norm_place == "inside" else BLENDS)
+
+    def _cut_arguments(self, index: int, site: Site, planned: SitePlan) -> None:
+        """Slice an argument that carries the heads (T5's position bias) for the layer as it is now cut."""
+        name = getattr(site.row, "head_argument", None)
+        for batch, arguments in enumerate(self.pruned.kwargs[index]):
+            if name and isinstance(arguments.get(name), torch.Tensor):
+                heads = torch.tensor(planned.kept, device=arguments[name].device)
+                self.pruned.kwargs[index][batch] = {**arguments, name: arguments[name].index_select(1, heads)}
+
+    def _norm_(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets
+    ) -> tuple[bool, list[torch.Tensor]]:
+        """Refit scale (and shift) of the norm behind the last of the sublayers `upto`.
+
+        Returns whether that was accepted, and what the norm now gives.
+        """
+        *done, site = upto
+        norm: Any = layer.get_submodule(_end(site))
+        has_shift = getattr(norm, "bias", None) is not None
+        calibration, held_out = (ChannelSums(len(norm.weight), norm.weight.device) for _ in ("calibration", "held out"))
+        outputs = []
+        for batch, state in enumerate(self.pruned.states):
+            arguments = self.pruned.kwargs[index][batch]
+            ends = [_end(other) for other in upto]
+            seen = layerwise.run(layer, state, arguments, outputs_of=ends, stop_at=_end(site))
+            outputs.append(seen[_end(site)].view_as(state))
+            wanted = targets.after[batch]
+            if site.row.norm_place == "inside":
+                wanted = wanted - self._before(state, seen, done)
+            for total, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
+                total.add(*(rows_of(value, self.masks[batch], examples) for value in (outputs[-1], wanted)))
+        fitted = refit_channels(calibration, held_out, has_shift)
+        if fitted is None:
+            return False, outputs
+        scale, shift = fitted
+        norm.weight.copy_(scale * (norm.weight + self.norm_offset) - self.norm_offset)
+        if has_shift:
+            norm.bias.copy_(scale * norm.bias + shift)
+        return True, [(output * scale + shift).to(output.dtype) for output in outputs]
+
+
+def _end(site: Site) -> str:
+    """The module whose output makes the stream behind a sublayer."""
+    return site.row.norm if site.row.norm_place and site.row.norm else site.row.consumer
+
+
+def _after(state: torch.Tensor, seen: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
+    """The stream behind a sublayer: what its norm gives (post-LN), or the sum."""
+    output = seen[_end(site)].view_as(state)
+    return output if site.row.norm_place == "after" else state + output
+
+
+def matrix_of(linear: Any) -> torch.Tensor:
+    """Weight [D, K] of a consumer in fp32, with the bias as last column where there is one."""
+    weight = linear.weight.detach().float()
+    weight = weight.T if input_axis(linear) == 0 else weight
+    return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
+
+
+@torch.no_grad()
+def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
+    """Write back what `matrix_of` gave (of the kept columns), in the weight's own dtype."""
+    if linear.bias is not None:
+        linear.bias.copy_(matrix[:, -1])
+        matrix = matrix[:, :-1]
+    linear.weight.copy_(matrix.T if input_axis(linear) == 0 else matrix)
+
+
+def improvement(reports: Sequence[Mapping[str, Any]]) -> float:
+    """Geometric mean over sites of held-out error after / before the repair."""
+    ratios = [r["error_after"] / r["error_before"] for r in reports if r["error_before"] > 0 and r["error_after"] > 0]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0

@@ -1,0 +1,141 @@
+"""A tiny config and random inputs for every family: generic tests run on all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+BASE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ENCODER = {**BASE, "max_position_embeddings": 64}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {**BASE, **TOKENS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": ENCODER,
+    "roberta": {**ENCODER, "pad_token_id": 0},
+    "electra": {**ENCODER, "embedding_size": 16},
+    "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+    "gpt2": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, **TOKENS},
+    "opt": {
+        "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 32, **TOKENS,
+    },
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+    "gemma2": {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi3": GROUPED,
+    "vit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16, "patch_size": 4},
+    "t5": {
+        "vocab_size": 99, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48,
+        "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+    },
+    "bart": {
+        "vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+        "decoder_start_token_id": 2, "forced_eos_token_id": None, **TOKENS,
+    },
+}  # fmt: skip
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "bert": ("BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM"),
+    "roberta": ("RobertaForSequenceClassification", "RobertaForMaskedLM"),
+    "electra": ("ElectraForSequenceClassification", "ElectraForQuestionAnswering"),
+    "distilbert": ("DistilBertForSequenceClassification", "DistilBertForQuestionAnswering"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "opt": ("OPTForCausalLM", "OPTForSequenceClassification"),
+    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaForTokenClassification"),
+    "mistral": ("MistralForCausalLM",),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    "qwen3": ("Qwen3ForCausalLM",),
+    "gemma2": ("Gemma2ForCausalLM",),
+    "gemma3_text": ("Gemma3ForCausalLM",),
+    "phi3": ("Phi3ForCausalLM",),
+    "vit": ("ViTForImageClassification",),
+    "t5": ("T5ForConditionalGeneration", "T5ForSequenceClassification", "T5EncoderModel"),
+    "bart": ("BartForConditionalGeneration", "BartForSequenceClassification", "BartForQuestionAnswering", "BartForCausalLM"),
+}  # fmt: skip
+
+FAMILY_NAMES = sorted(CONFIGS)
+EVERY_CLASS = [(family, name) for family in FAMILY_NAMES for name in CLASSES[family]]
+
+
+def tiny_model(family: str, class_name: str | None = None, seed: int = 0, **changes: Any) -> Any:
+    """A randomly initialised model with weights large enough that every unit matters, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**CONFIGS[family], **changes})
+    model = getattr(transformers, class_name or CLASSES[family][0])(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * 0.15)
+            else:
+                parameter.add_(noise * 0.05 if "weight" in name else noise * 0.1)
+    return model.eval()
+
+
+def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padded: bool = True) -> dict[str, Any]:
+    """Random inputs with labels that fit the model; the second half of the examples is right-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+
+    def ids(rows: int, columns: int) -> torch.Tensor:
+        return torch.randint(5, 99, (rows, columns), generator=generator)
+
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(batch, 3, 16, 16, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
+    inputs = {"input_ids": ids(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
+    if padded:
+        inputs["attention_mask"][batch // 2 :, length - 4 :] = 0
+        inputs["input_ids"][inputs["attention_mask"] == 0] = config.pad_token_id or 0
+    last = inputs["attention_mask"].sum(1) - 1
+    inputs["input_ids"][torch.arange(batch), last] = 2  # one eos each: BART's classifier reads there
+    real = inputs["attention_mask"] == 1
+    name = type(model).__name__
+    if "SequenceClassification" in name:
+        inputs["labels"] = torch.randint(config.num_labels, (batch,), generator=generator)
+    elif "QuestionAnswering" in name:
+        inputs["start_positions"] = torch.randint(length - 4, (batch,), generator=generator)
+        inputs["end_positions"] = torch.randint(length - 4, (batch,), generator=generator)
+    elif "TokenClassification" in name:
+        inputs["labels"] = torch.randint(config.num_labels, (batch, length), generator=generator).masked_fill(
+            ~real, -100
+        )
+    elif "ForConditionalGeneration" in name:
+        inputs["labels"] = ids(batch, length - 3)
+        inputs["labels"][batch // 2 :, -2:] = -100
+    elif "MaskedLM" in name or "LM" in name:
+        inputs["labels"] = inputs["input_ids"].masked_fill(~real, -100)
+    return inputs
+
+
+def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
+    """A plan that removes something at every site; coupled sites alike."""
+    from hf_prune.plan import PruningPlan, SitePlan
+
+    sites = []
+    for site in anatomy.sites:
+        shift = 0 if uniform or anatomy.family.coupled_heads else site.layer
+        if not site.is_attention:
+            kept = [i for i in range(site.columns) if i % 3 != 1][
+                : site.columns // 2 + (0 if uniform else 3 * site.layer)
+            ]
+            sites.append(SitePlan(site.stack, site.layer, site.kind, "neuron", site.columns, tuple(kept)))
+        elif site.kv_heads < site.heads:
+            share = site.heads // site.kv_heads
+            if shift:  # whole groups in the odd layers, one head of each group in the even ones
+                sites.append(SitePlan(site.stack, site.layer, site.kind, "kv_group", site.kv_heads, (1,)))
+            else:
+                kept = [g * share + g % share for g in range(site.kv_heads)]
+                sites.append(SitePlan(site.stack, site.layer, site.kind, "head", site.heads, tuple(kept)))
+        else:
+            kept = (0, 2, 3) if not shift else (1, 2)
+            sites.append(SitePlan(site.stack, site.layer, site.kind, "head", site.heads, kept))
+    return PruningPlan(anatomy.model_type, tuple(sites))
