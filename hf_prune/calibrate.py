@@ -36,7 +36,7 @@ def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tupl
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
         examples, units = gate.shape
-        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate[:, None, :, None]
+        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate.to(x.device)[:, None, :, None]
         return (gated.reshape(x.shape).to(x.dtype), *args[1:])
 
     return hook
@@ -194,7 +194,7 @@ def rows_of(x: torch.Tensor, mask: torch.Tensor | None, examples: torch.Tensor |
     if examples is not None:
         chosen = examples.repeat_interleave(len(flat) // len(examples))
         keep = chosen if keep is None else keep & chosen
-    return (flat if keep is None else flat[keep]).float()
+    return (flat if keep is None else flat[keep.to(flat.device)]).float()
 
 
 def _weight_squares(model: nn.Module, site: Site, units: int) -> torch.Tensor:

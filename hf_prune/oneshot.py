@@ -153,9 +153,9 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     earlier = record_of(model)
     started = time.perf_counter()
     repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
-    if not plan.is_identity:
-        write_(model, _summary(model, plan, config))
     composed = plan if earlier is None else earlier.plan.compose(plan)
+    if not plan.is_identity:
+        write_(model, _summary(model, plan, composed, config))
     model._hf_prune = Record(composed, _proof_rows(analysis.batches))  # type: ignore[assignment]
     report = {
         **plan.cost,
@@ -252,7 +252,7 @@ def record_of(model: PreTrainedModel) -> Record | None:
     return record
 
 
-def _summary(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> dict[str, Any]:
+def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, config: PruningConfig) -> dict[str, Any]:
     previous = model.config.__dict__.get(KEY, {})
     return {
         "version": version("hf-prune"),
@@ -261,7 +261,7 @@ def _summary(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -
         "repair": config.repair,
         "before": previous.get("before") or plan.cost.get("before", {}),
         "after": plan.cost.get("after", {}),
-        "plan": plan.hash,
+        "plan": composed.hash,
     }
 
 

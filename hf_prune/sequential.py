@@ -74,8 +74,9 @@ class StackRepair:
             for site in sites:
                 if site.row.consumer in seen:
                     part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
-                    targets[site.kind].summed.append(state + seen[part].view_as(state))
-                    state = _after(state, seen, site)
+                    summed = state + seen[part].view_as(state)
+                    state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
+                    targets[site.kind].summed.append(summed)
                     targets[site.kind].after.append(state)
             self.dense.states[batch] = seen[OUTPUT]
         return targets

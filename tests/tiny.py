@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": ENCODER,
     "roberta": {**ENCODER, "pad_token_id": 0},
     "electra": {**ENCODER, "embedding_size": 16},
-    "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+    "distilbert": {
+        "vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64,
+    },
     "gpt2": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, **TOKENS},
     "opt": {
         "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
@@ -30,7 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
     "phi3": GROUPED,
-    "vit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16, "patch_size": 4},
+    "vit": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "image_size": 16, "patch_size": 4,
+    },
     "t5": {
         "vocab_size": 99, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48,
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
@@ -43,7 +51,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "bert": ("BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM"),
+    "bert": (
+        "BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM",
+    ),
     "roberta": ("RobertaForSequenceClassification", "RobertaForMaskedLM"),
     "electra": ("ElectraForSequenceClassification", "ElectraForQuestionAnswering"),
     "distilbert": ("DistilBertForSequenceClassification", "DistilBertForQuestionAnswering"),
@@ -58,10 +68,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "phi3": ("Phi3ForCausalLM",),
     "vit": ("ViTForImageClassification",),
     "t5": ("T5ForConditionalGeneration", "T5ForSequenceClassification", "T5EncoderModel"),
-    "bart": ("BartForConditionalGeneration", "BartForSequenceClassification", "BartForQuestionAnswering", "BartForCausalLM"),
+    "bart": (
+        "BartForConditionalGeneration", "BartForSequenceClassification", "BartForQuestionAnswering", "BartForCausalLM",
+    ),
 }  # fmt: skip
 
 FAMILY_NAMES = sorted(CONFIGS)
+FAMILY_OF = {name: family for family, names in CLASSES.items() for name in names}
 EVERY_CLASS = [(family, name) for family in FAMILY_NAMES for name in CLASSES[family]]
 
 
@@ -139,3 +152,78 @@ def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
             kept = (0, 2, 3) if not shift else (1, 2)
             sites.append(SitePlan(site.stack, site.layer, site.kind, "head", site.heads, kept))
     return PruningPlan(anatomy.model_type, tuple(sites))
+
+
+def tiny(class_name: str, **changes: Any) -> Any:
+    """`tiny_model` by class name alone."""
+    return tiny_model(FAMILY_OF[class_name], class_name, **changes)
+
+
+def rows(batch: Mapping[str, torch.Tensor], index: Any) -> dict[str, torch.Tensor]:
+    """Some examples of a batch."""
+    return {key: value[index] for key, value in batch.items()}
+
+
+def singles(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The examples of a batch, one at a time."""
+    return [rows(batch, slice(i, i + 1)) for i in range(len(next(iter(batch.values()))))]
+
+
+@torch.no_grad()
+def outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All tensors that a model gives, in fp32, without a cache."""
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    return [x.float() for x in model(**inputs).to_tuple() if isinstance(x, torch.Tensor)]
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Largest absolute difference between two lists of outputs."""
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def cut(model: Any, plan: Any) -> Any:
+    """The same model, cut to a plan, without repair."""
+    from hf_prune import PruningConfig, prune
+
+    return prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan).model
+
+
+def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
+    """A tiny model cut at every site: "uniform" or "per_layer"; "stock" cuts what the stock config can say."""
+    from hf_prune import PruningConfig, describe, prune
+
+    model = tiny(class_name, **changes)
+    if shapes == "stock":
+        config = within_reach(model, PruningConfig(metric="params", criterion="magnitude", repair="none"))
+        return prune(model, [tiny_batch(model)], config).model
+    return cut(model, cut_everywhere(describe(model), uniform=shapes == "uniform"))
+
+
+def within_reach(model: Any, config: Any) -> Any:
+    """The same configuration, with `keep` halfway between all and the least that its units and shapes can reach."""
+    from hf_prune import describe
+    from hf_prune.allocate import default_align, reachable
+
+    anatomy = describe(model)
+    least = reachable(anatomy, config, config.align or default_align(anatomy, "cpu"))
+    return dataclasses.replace(config, keep=(1 + least) / 2)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """All that pruning may change or must leave alone: weights, config, flags and hooks."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "config": copy.deepcopy(model.config.to_dict()),
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+    }
+
+
+def changed(before: Mapping[str, Any], model: Any) -> Iterator[str]:
+    """What differs, bit by bit, from a snapshot."""
+    after = snapshot(model)
+    yield from (key for key in before if key != "weights" and before[key] != after[key])
+    old, new = before["weights"], after["weights"]
+    yield from sorted(set(old) ^ set(new))
+    yield from (k for k in old if k in new and not (old[k].shape == new[k].shape and torch.equal(old[k], new[k])))

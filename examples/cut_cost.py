@@ -1,0 +1,112 @@
+"""What one prune() costs: time against forward+backward passes over the same calibration rows, and peak memory.
+
+    python examples/cut_cost.py MODEL_DIR --task classification|lm
+
+Memory is the resident set, sampled every 5 ms; "states" are the cached hidden states of the calibration rows (dense and
+pruned stream, and the targets of one layer), counted from their sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from texts import calibration
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
+
+from hf_prune import PruningConfig
+from hf_prune.batches import draw, forward_inputs
+from hf_prune.demo.real import reviews, tokenized
+from hf_prune.losses import example_losses
+from hf_prune.oneshot import analyze, apply
+
+
+def peak_rss(work: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, growth of the resident set at its peak in bytes) of one call."""
+    process, peak, done = psutil.Process(), [0], threading.Event()
+    gc.collect()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    return seconds, max(0, peak[0] - before)
+
+
+def forward_backward(model, batches) -> None:
+    for batch in batches:
+        example_losses(model, model(**forward_inputs(model, batch)), batch).mean().backward()
+        model.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--task", choices=("classification", "lm"), default="classification")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--criterion", default=None)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.task == "lm":
+        model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+        data, collator = calibration(tokenizer, 256 * args.samples), default_data_collator
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
+        data, collator = tokenized(reviews(), tokenizer)["train"], None
+    config = PruningConfig(
+        keep=args.keep,
+        metric="params" if args.task == "lm" else "macs",
+        shapes="stock" if args.task == "lm" else "uniform",
+        calibration_samples=args.samples,
+        sequence_length=64,
+        criterion=args.criterion,
+    )
+    batches = draw(model, data, args.samples, 0, tokenizer, collator)
+    tokens = sum(next(iter(b.inputs.values())).numel() for b in batches)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    pass_seconds = min(peak_rss(lambda: forward_backward(model, batches))[0] for _ in range(2))
+    kept: list = []
+    score_seconds, score_growth = peak_rss(
+        lambda: kept.append(analyze(model, data, config, processing_class=tokenizer, data_collator=collator))
+    )
+    analysis = kept[0]
+    cut_seconds, cut_growth = peak_rss(lambda: apply(model, analysis))
+    states = 6 * tokens * model.config.hidden_size * 4
+    print(
+        json.dumps(
+            {
+                "model_bytes": weights,
+                "layers": model.config.num_hidden_layers,
+                "calibration_tokens_with_padding": tokens,
+                "criterion": analysis.config.criterion,
+                "forward_backward_seconds": round(pass_seconds, 2),
+                "score_seconds": round(score_seconds, 2),
+                "cut_and_repair_seconds": round(cut_seconds, 2),
+                "prune_in_passes": round((score_seconds + cut_seconds) / pass_seconds, 2),
+                "score_peak_over_model": round(1 + score_growth / weights, 2),
+                "cut_peak_over_model": round(1 + cut_growth / weights, 2),
+                "states_over_model": round(states / weights, 2),
+                "threads": torch.get_num_threads(),
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`hf-prune demo`: fine-tune MiniLM on movie reviews, cut it to half in three shapes, reload, measure, one table."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from tqdm.auto import tqdm
+
+from .. import oneshot
+from ..allocate import SHAPES
+from ..checkpoint import save_pretrained
+from ..config import PruningConfig
+from ..report.engines import PLAIN, opened_by, opening_lines
+from ..report.measure import compare, directory_bytes
+from ..report.table import Row, console, count, markdown, rich_table
+from .finetune import finetuned
+from .real import minilm_path, reviews, tokenized
+
+RELOAD = Path(__file__).with_name("reload.py")
+MAX_LENGTH = 64
+LATENCY_SHAPES = ((1, MAX_LENGTH), (32, MAX_LENGTH))
+NOT_PRUNED = "dense"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; written to table.json."""
+
+    seed: int = 0
+    keep: float = 0.5
+    train_rows: int | None = None  # None: all
+    validation_rows: int | None = None
+    calibration_samples: int = 1024
+    latency_runs: int = 30
+
+    @property
+    def name(self) -> str:
+        """Of the fine-tuned model in the cache."""
+        return f"minilm-reviews-seed{self.seed}" + (f"-{self.train_rows}rows" if self.train_rows else "")
+
+
+QUICK = Settings(train_rows=256, validation_rows=64, calibration_samples=64, latency_runs=3)
+
+
+def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
+    """Everything the demo does. Returns what it writes to `out`/table.json."""
+    screen = console()
+    started = time.perf_counter()
+    screen.print("1/4 fine-tuned model: MiniLM-L6 on Rotten Tomatoes (stock Trainer, cached)")
+    model, tokenizer, data = _model_and_data(cache, settings)
+    screen.print(f"2/4 cut to {settings.keep:.0%} of the MACs in three shapes, no training after the cut")
+    models, seconds = _cut(model, tokenizer, data, out, settings)
+    screen.print("3/4 reload each in a process of its own and evaluate there")
+    found = _reload(out, cache, list(models), data["validation"])
+    screen.print("4/4 measure latency, all four in turn")
+    measured = compare(models, shapes=LATENCY_SHAPES, sequence_length=MAX_LENGTH, runs=settings.latency_runs)
+    table = {
+        "models": {
+            name: {**found[name], **measured[name], "bytes": directory_bytes(out / name), "cut_seconds": seconds[name]}
+            | {"opened_by": opened_by(out / name), "lines": opening_lines(out / name)}
+            for name in models
+        },
+        "settings": asdict(settings) | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
+    }
+    rows = _rows(table["models"])
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(rows) + "\n")
+    _show(screen, rows, table, out)
+    return table
+
+
+def _model_and_data(cache: Path, settings: Settings) -> tuple[Any, Any, DatasetDict]:
+    data = reviews(seed=settings.seed)
+    wanted = {"train": settings.train_rows, "validation": settings.validation_rows}
+    data = DatasetDict({name: rows.select(range(wanted[name] or len(rows))) for name, rows in data.items()})
+    cache.mkdir(parents=True, exist_ok=True)
+    from transformers import AutoTokenizer
+
+    tokens = tokenized(data, AutoTokenizer.from_pretrained(minilm_path()), MAX_LENGTH)
+    model, tokenizer = finetuned(minilm_path(), tokens, cache / settings.name, settings.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer, DatasetDict(train=tokens["train"], validation=data["validation"])
+
+
+def _cut(
+    model: Any, tokenizer: Any, data: DatasetDict, out: Path, settings: Settings
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The dense model and one cut per shape, all saved, with the seconds that each cut took. One scoring pass."""
+    config = PruningConfig(
+        keep=settings.keep, calibration_samples=settings.calibration_samples, sequence_length=MAX_LENGTH
+    )
+    models, seconds = {NOT_PRUNED: model}, {NOT_PRUNED: 0.0}
+    save_pretrained(model, out / NOT_PRUNED, processing_class=tokenizer, overwrite=True)
+    analysis = oneshot.analyze(model, data["train"], config, processing_class=tokenizer)
+    for shapes in tqdm(SHAPES, desc="shapes", leave=False):
+        small = copy.deepcopy(model)
+        result = oneshot.apply(small, replace(analysis, config=replace(analysis.config, shapes=shapes)))
+        save_pretrained(small, out / shapes, processing_class=tokenizer, overwrite=True)
+        models[shapes], seconds[shapes] = small, sum(result.report["seconds"].values())
+    return models, seconds
+
+
+def _reload(out: Path, cache: Path, names: list[str], validation: Any) -> dict[str, dict[str, Any]]:
+    """Accuracy of each saved model, found by a process that knows only its directory."""
+    data = cache / "validation.json"
+    data.write_text(json.dumps({"rows": validation.to_list(), "max_length": MAX_LENGTH}))
+    found = {}
+    for name in tqdm(names, desc="reload and evaluate", leave=False):
+        door = "plain" if opened_by(out / name) == PLAIN else "hf_prune"
+        command = [sys.executable, str(RELOAD), str(out / name), str(data), door]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{out / name} does not reload ({door}):\n{done.stderr[-2000:]}")
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The printed table: one row a figure, one column a model."""
+    dense = models[NOT_PRUNED]
+
+    def share(key: str) -> dict[str, str]:
+        return {name: f"{count(m[key])} ({m[key] / dense[key]:.0%})" for name, m in models.items()}
+
+    def latency(index: int) -> dict[str, str]:
+        found = {name: m["latency"][index] for name, m in models.items()}
+        return {name: f"{at['median_ms']:.1f} ms ({at['speedup']:.2f}×)" for name, at in found.items()}
+
+    rows = [
+        {"": f"accuracy, {dense['rows']:,} validation rows"} | {n: f"{m['accuracy']:.4f}" for n, m in models.items()},
+        {"": "parameters"} | share("parameters"),
+        {"": f"MACs, {MAX_LENGTH} tokens"} | share("macs"),
+        {"": "size on disk"} | {name: f"{m['bytes'] / 1e6:.1f} MB" for name, m in models.items()},
+    ]
+    rows += [{"": f"latency, batch {b} × {t}"} | latency(i) for i, (b, t) in enumerate(LATENCY_SHAPES)]
+    return [*rows, {"": "what opens it"} | {name: m["opened_by"] for name, m in models.items()}]
+
+
+def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], out: Path) -> None:
+    at = table["models"][NOT_PRUNED]["settings"]
+    screen.print(rich_table(rows, title="MiniLM-L6 on Rotten Tomatoes, no training after the cut"))
+    screen.print(
+        f"Latency: median of {table['settings']['latency_runs']} interleaved runs, unpadded, {at['dtype']}, "
+        f"{at['device']}, {at['threads']} threads. Accuracy: measured in a separate process that opened the directory."
+    )
+    for name, model in table["models"].items():
+        screen.print(f"\n# {name}: {model['opened_by']}\n" + "\n".join(model["lines"]), markup=False, soft_wrap=True)
+    screen.print(f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json", markup=False)
+    screen.print(f"{table['settings']['seconds']:.0f} s in all.")

@@ -1,0 +1,110 @@
+"""The rows that `hf-prune inspect` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..allocate import SHAPES, choose_units, default_align, reachable
+from ..anatomy import Anatomy
+from ..config import PruningConfig
+from ..costs import CostModel, cost_model, dense_counts
+from ..layout import KEY
+from ..sites import Site
+from .engines import ENGINES
+from .table import Row, count
+
+STOCK_HEADS = {
+    "any": "FFN widths and any number of heads (the same in every layer)",
+    "divisors": "FFN widths, and numbers of heads that divide the hidden size {hidden} (the same in every layer)",
+    "none": "FFN widths only (the same in every layer); fewer heads need shapes uniform or per_layer",
+}
+
+
+def facts(model: Any, anatomy: Anatomy, name: str, sequence_length: int) -> list[str]:
+    """What the model is, in a few lines."""
+    blocks = cost_model(anatomy, "macs", sequence_length, "blocks").total(dense_counts(anatomy))
+    macs = cost_model(anatomy, "macs", sequence_length, "model").total(dense_counts(anatomy))
+    lines = [
+        f"{name}: {type(model).__name__}, family {anatomy.model_type}, {str(model.dtype).removeprefix('torch.')}",
+        f"parameters {count(anatomy.total_params)}, of them {count(anatomy.block_params)} in blocks; "
+        f"MACs {count(macs)}, of them {count(blocks)} in blocks, at {anatomy.tokens(sequence_length)} tokens",
+    ]
+    if KEY in model.config.__dict__:
+        entry = model.config.__dict__[KEY]
+        lines.append(
+            f"already pruned: {entry.get('shapes')} form, from {entry.get('base_model')}, "
+            f"criterion {entry.get('criterion')}"
+        )
+    return lines
+
+
+def anatomy_rows(anatomy: Anatomy, sequence_length: int) -> list[Row]:
+    """One row a stack and kind, and one for what cannot be removed."""
+    models = {
+        "parameters": cost_model(anatomy, "params", sequence_length, "model"),
+        "MACs": cost_model(anatomy, "macs", sequence_length, "model"),
+    }
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in anatomy.sites:
+        groups.setdefault((site.stack, site.kind), []).append(site)
+    rows = [
+        {"site": f"{stack} {kind}", "layers": str(len(sites)), "units of a layer": _units(sites)}
+        | {name: _share(model, anatomy, sites) for name, model in models.items()}
+        for (stack, kind), sites in groups.items()
+    ]
+    fixed = {name: _cell(model.fixed, model.total(dense_counts(anatomy))) for name, model in models.items()}
+    return [*rows, {"site": "the rest (stays)", "layers": "", "units of a layer": "embeddings, norms, head"} | fixed]
+
+
+def _units(sites: Sequence[Site]) -> str:
+    return " or ".join(dict.fromkeys(_unit(site) for site in sites))
+
+
+def _unit(site: Site) -> str:
+    if not site.is_attention:
+        return f"{site.columns:,} neurons"
+    groups = f" in {site.kv_heads} KV groups" if site.kv_heads < site.heads else ""
+    return f"{site.heads} heads of {site.head_dim}{groups}"
+
+
+def _share(model: CostModel, anatomy: Anatomy, sites: Sequence[Site]) -> str:
+    counts = dense_counts(anatomy)
+    part = sum(model.units[site.key].site(*counts[site.key]) for site in sites)
+    return _cell(part, model.total(counts))
+
+
+def _cell(part: float, total: float) -> str:
+    return f"{count(part)} ({part / total:.1%})"
+
+
+def stock_note(anatomy: Anatomy) -> str:
+    """What a stock config of the family can say."""
+    family = anatomy.family
+    text = f"A stock {family.model_type} config can say: "
+    text += STOCK_HEADS[family.stock_heads].format(hidden=anatomy.hidden_size)
+    if family.as_model_type:
+        text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
+    if family.coupled_heads:
+        text += ". All self-attention layers of a stack keep the same heads"
+    if len(family.stacks) > 1:
+        text += ". Counts that differ between layers or stacks are kept under `hf_prune` in config.json (per_layer)"
+    return text + "."
+
+
+def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[Row]:
+    """The least `keep` per shapes, for both metrics."""
+    rows: list[Row] = []
+    for shapes in SHAPES:
+        row = {"shapes": shapes}
+        for metric in ("macs", "params"):
+            config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)  # type: ignore[arg-type]
+            least = reachable(anatomy, config, default_align(anatomy, device))
+            row["default units"] = ", ".join(choose_units(anatomy, config))
+            row[f"{metric} ({config.scope})"] = f"{least:.3f}"
+        rows.append(row)
+    return rows
+
+
+def engine_rows() -> list[Row]:
+    return [dict(zip(("engine", "stock result", "uniform or per_layer result"), row, strict=True)) for row in ENGINES]

@@ -1,0 +1,66 @@
+"""Time and memory of a cut before it is made: one timed batch, and arithmetic.
+
+B examples, T tokens, D hidden width, K columns of the widest consumer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..anatomy import quiet
+from ..batches import forward_inputs
+from ..importance import CRITERIA
+from ..oneshot import Analysis
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPAIR_PASSES = {"least_squares": 6.0, "bias": 4.0, "none": 0.0}  # forward passes over the calibration data, measured
+STATES = 5  # tensors [B, T, D] per example besides the dense stream: the pruned stream, and a layer's targets
+SAVED_HIDDEN, SAVED_WIDE = 12, 6  # activations of one layer kept for a backward pass: [B, T, D] and [B, T, K]
+GRAMS = 4  # matrices [K, K] in fp32: calibration, held-out, and a solve's workspace
+
+
+def cut_seconds(model: PreTrainedModel, analysis: Analysis) -> float:
+    """Seconds to cut and repair once: passes per repair x a forward pass, which is timed on the middle batch."""
+    middle = analysis.batches[len(analysis.batches) // 2]
+    with quiet(model), torch.inference_mode():
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            model(**forward_inputs(model, middle))
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            taken = time.perf_counter() - started
+    examples = sum(batch.size for batch in analysis.batches)
+    return REPAIR_PASSES[analysis.config.repair] * taken * examples / middle.size
+
+
+def peak_bytes(model: PreTrainedModel, analysis: Analysis, copies: int = 1) -> float:
+    """Bytes of the weights, the calibration states and the larger of a scoring batch and the normal equations."""
+    anatomy, size = analysis.anatomy, model.dtype.itemsize
+    tokens = [_tokens(analysis, i) for i in range(len(analysis.batches))]
+    widest = max(site.columns for site in anatomy.sites)
+    stacks = len({site.stack for site in anatomy.sites})
+    states = (stacks + STATES) * sum(tokens) * anatomy.hidden_size * size
+    grams = GRAMS * 4 * widest**2
+    weights = copies * sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + max(_scoring_bytes(model, analysis, max(tokens), widest), states + grams)
+
+
+def _tokens(analysis: Analysis, index: int) -> int:
+    batch = analysis.batches[index]
+    ids = batch.inputs.get("input_ids")
+    return analysis.anatomy.tokens(ids.shape[1] if ids is not None else 1) * batch.size
+
+
+def _scoring_bytes(model: PreTrainedModel, analysis: Analysis, tokens: int, widest: int) -> float:
+    if CRITERIA[str(analysis.config.criterion)].needs != "gradients":
+        return 0
+    layers = len({site.path for site in analysis.anatomy.sites})
+    hidden = layers * (SAVED_HIDDEN * analysis.anatomy.hidden_size + SAVED_WIDE * widest) * model.dtype.itemsize
+    head = model.get_output_embeddings()
+    logits = 3 * 4 * head.weight.shape[0] if head is not None else 0
+    return tokens * (hidden + logits)
