@@ -127,7 +127,7 @@ def _config_argument(group: Any, name: str) -> None:
         options = {"choices": typing.get_args(literal)}
     text = field.metadata["help"].replace("%", "%%")
     if name == "keep":
-        options, text = {"type": _fractions}, f"{text} Several, separated by commas, give one table."
+        options, text = {"type": fractions}, f"{text} Several, separated by commas, give one table."
     elif name == "units":
         options, text = {"type": lambda given: given.split(",")}, f"{text} Separated by commas."
     elif field.default is not None:
@@ -142,7 +142,7 @@ def _metavar(name: str, options: Mapping[str, Any]) -> str | None:
     return {"keep": "0.5[,0.6,...]", "units": ",".join(UNIT_CHOICES)}.get(name, name.upper())
 
 
-def _fractions(given: str) -> list[float]:
+def fractions(given: str) -> list[float]:
     return [float(part) for part in given.split(",")]
 
 
@@ -264,28 +264,35 @@ def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningCon
 def _dry_run(job: Job, analysis: Analysis) -> None:
     from .report.table import rich_table
 
-    rows = []
+    before = analysis.plan(job.keeps[0]).cost["before"]
+    rows = [{"model": "dense"} | _costs(before, before)]
     for keep in job.keeps:
         plan = analysis.plan(keep)
         job.screen.print(f"keep={keep:g}, {analysis.config.shapes} shapes, {analysis.config.criterion} scores:")
         job.screen.print(plan.summary(), markup=False)
-        rows += [{"": name} | _costs(plan.cost[at]) for name, at in ((f"keep={keep:g}", "after"),)]
-    before = {"": "dense"} | _costs(analysis.plan(job.keeps[0]).cost["before"])
-    job.screen.print(rich_table([before, *rows], title=f"Cost at {job.config.sequence_length} tokens"))
+        rows.append({"model": f"keep={keep:g}"} | _costs(plan.cost["after"], before))
+    job.screen.print(rich_table(rows, title=f"Cost at {_length(analysis)} tokens"))
     for line in _estimate(job, analysis):
         job.screen.print(line, markup=False)
     job.screen.print("Dry run: nothing was changed or saved.")
 
 
-def _costs(cost: Mapping[str, float]) -> dict[str, str]:
+COSTS = {
+    "MACs": "macs_model",
+    "MACs in blocks": "macs_blocks",
+    "parameters": "params_model",
+    "parameters in blocks": "params_blocks",
+}
+
+
+def _costs(cost: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, str]:
     from .report.table import count
 
-    return {
-        "MACs": count(cost["macs_model"]),
-        "MACs in blocks": count(cost["macs_blocks"]),
-        "parameters": count(cost["params_model"]),
-        "parameters in blocks": count(cost["params_blocks"]),
-    }
+    return {name: f"{count(cost[key])} ({cost[key] / dense[key]:.0%})" for name, key in COSTS.items()}
+
+
+def _length(analysis: Analysis) -> int:
+    return analysis.anatomy.tokens(analysis.config.sequence_length)
 
 
 def _estimate(job: Job, analysis: Analysis) -> list[str]:
@@ -310,7 +317,7 @@ def _cut_all(job: Job, analysis: Analysis) -> None:
 
     metric, value = evaluate(job.model, job.parts.evaluation)
     before = analysis.plan().cost["before"]
-    rows = [{"": "dense", metric: _value(value)} | _costs(before)]
+    rows = [{"model": "dense", metric: _value(value)} | _costs(before, before)]
     notes: list[str] = []
     for keep in job.keeps:
         # the last cut may use up the model; with one keep there is never a second copy
@@ -318,8 +325,8 @@ def _cut_all(job: Job, analysis: Analysis) -> None:
         row, lines = _cut_one(job, analysis, keep, model)
         rows.append(row)
         notes += lines
-    at = sum(len(batch["input_ids"]) for batch in job.parts.evaluation)
-    title = f"{job.options.model}: {metric} on {at:,} held-out examples, MACs at {job.config.sequence_length} tokens"
+    examples = sum(len(batch["input_ids"]) for batch in job.parts.evaluation)
+    title = f"{job.options.model}: {metric} on {examples:,} held-out examples, MACs at {_length(analysis)} tokens"
     job.screen.print(rich_table(rows, title=title))
     for line in notes:
         job.screen.print(line, markup=False, soft_wrap=True)
@@ -335,7 +342,7 @@ def _cut_one(job: Job, analysis: Analysis, keep: float, model: PreTrainedModel) 
     result = apply(model, analysis, analysis.plan(keep))
     seconds = time.perf_counter() - started
     metric, value = evaluate(model, job.parts.evaluation)
-    row = {"": f"keep={keep:g}", metric: _value(value)} | _costs(result.report["after"])
+    row = {"model": f"keep={keep:g}", metric: _value(value)} | _costs(result.report["after"], result.report["before"])
     row["cut and repair"] = f"{seconds:.0f} s"
     lines = _other_shapes(keep, result.report)
     return row, lines + _save(job, model, job.directory(keep))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,14 @@ def load_model(name: str, task: str | None = None, **options: Any) -> PreTrained
 
     Raises:
         ValueError: the config names no class, or one that transformers has not.
+        FileNotFoundError: a path, not a Hub id, that is no directory.
     """
     import transformers
+
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # never a Hub id
+        name = os.path.expanduser(name)
+        if not Path(name, "config.json").is_file():
+            raise FileNotFoundError(f"{name}: no directory with a config.json. Give one, or a Hub id (owner/name).")
 
     if task is not None:
         return getattr(transformers, TASKS[task]).from_pretrained(name, **options).eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 
 class Blocker:
@@ -44,6 +45,6 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    found = {job["name"]: attempt(job) for job in json.load(open(sys.argv[1]))}
+    found = {job["name"]: attempt(job) for job in json.loads(Path(sys.argv[1]).read_text())}
     assert ("hf_prune" in sys.modules) == (os.environ["HF_PRUNE"] == "imported")
     print(json.dumps(found))

@@ -46,7 +46,8 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the fine-tuned model in the cache."""
-        return f"minilm-reviews-seed{self.seed}" + (f"-{self.train_rows}rows" if self.train_rows else "")
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"minilm-rotten-tomatoes{seed}" + (f"-{self.train_rows}rows" if self.train_rows else "")
 
 
 QUICK = Settings(train_rows=256, validation_rows=64, calibration_samples=64, latency_runs=3)
@@ -70,7 +71,9 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
             | {"opened_by": opened_by(out / name), "lines": opening_lines(out / name)}
             for name in models
         },
-        "settings": asdict(settings) | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
+        "settings": asdict(settings)
+        | measured[NOT_PRUNED]["settings"]
+        | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
     }
     rows = _rows(table["models"])
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -137,23 +140,23 @@ def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         return {name: f"{at['median_ms']:.1f} ms ({at['speedup']:.2f}×)" for name, at in found.items()}
 
     rows = [
-        {"": f"accuracy, {dense['rows']:,} validation rows"} | {n: f"{m['accuracy']:.4f}" for n, m in models.items()},
+        {"": f"accuracy ({dense['rows']:,} rows)"} | {n: f"{m['accuracy']:.4f}" for n, m in models.items()},
         {"": "parameters"} | share("parameters"),
         {"": f"MACs, {MAX_LENGTH} tokens"} | share("macs"),
         {"": "size on disk"} | {name: f"{m['bytes'] / 1e6:.1f} MB" for name, m in models.items()},
     ]
     rows += [{"": f"latency, batch {b} × {t}"} | latency(i) for i, (b, t) in enumerate(LATENCY_SHAPES)]
-    return [*rows, {"": "what opens it"} | {name: m["opened_by"] for name, m in models.items()}]
+    return [*rows, {"": "what opens it"} | {name: m["opened_by"].replace(" + ", " +\n") for name, m in models.items()}]
 
 
 def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], out: Path) -> None:
-    at = table["models"][NOT_PRUNED]["settings"]
+    at = table["settings"]
     screen.print(rich_table(rows, title="MiniLM-L6 on Rotten Tomatoes, no training after the cut"))
     screen.print(
-        f"Latency: median of {table['settings']['latency_runs']} interleaved runs, unpadded, {at['dtype']}, "
+        f"Latency: median of {at['latency_runs']} interleaved runs, unpadded, {at['dtype']}, "
         f"{at['device']}, {at['threads']} threads. Accuracy: measured in a separate process that opened the directory."
     )
     for name, model in table["models"].items():
         screen.print(f"\n# {name}: {model['opened_by']}\n" + "\n".join(model["lines"]), markup=False, soft_wrap=True)
     screen.print(f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json", markup=False)
-    screen.print(f"{table['settings']['seconds']:.0f} s in all.")
+    screen.print(f"{at['seconds']:.0f} s in all.")

@@ -1,0 +1,202 @@
+"""Allocation: against brute force, alignment, what stock can say, and what cannot be reached."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILY_NAMES, tiny, tiny_batch, tiny_model, within_reach
+
+from hf_prune import PruningConfig, describe
+from hf_prune.allocate import Ranking, Table, _knapsack, allocate, choose_units, default_align, reachable, unit_of
+from hf_prune.costs import cost_model, dense_counts, planned_counts
+from hf_prune.oneshot import analyze
+
+SHAPES = ("stock", "uniform", "per_layer")
+
+
+def random_tables(rng, count, options):
+    """Tables as allocation makes them: more kept units cost more and lose less."""
+    return [
+        Table(
+            loss=np.sort(rng.random(options))[::-1].copy(),
+            cost=np.cumsum(rng.integers(1, 20, options)).astype(float),
+        )
+        for _ in range(count)
+    ]
+
+
+def brute_force(tables, budget):
+    choices = itertools.product(*(range(len(table.cost)) for table in tables))
+    losses = [
+        sum(t.loss[i] for t, i in zip(tables, choice, strict=True))
+        for choice in choices
+        if sum(t.cost[i] for t, i in zip(tables, choice, strict=True)) <= budget
+    ]
+    return min(losses, default=None)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_knapsack_equals_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    tables = random_tables(rng, count=int(rng.integers(1, 5)), options=int(rng.integers(1, 7)))
+    least, most = sum(t.cost.min() for t in tables), sum(t.cost.max() for t in tables)
+    for budget in (least - 1, least, (least + most) / 2, most, most + 1):
+        chosen, best = _knapsack(tables, budget), brute_force(tables, budget)
+        if best is None:
+            assert chosen is None
+            continue
+        assert sum(t.cost[i] for t, i in zip(tables, chosen, strict=True)) <= budget
+        assert sum(t.loss[i] for t, i in zip(tables, chosen, strict=True)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_thinned_frontier_stays_within_a_small_gap(seed, monkeypatch):
+    """With 64 points instead of 2048 the answer is within 5% of the best."""
+    rng = np.random.default_rng(seed)
+    tables = random_tables(rng, count=7, options=6)
+    budget = 0.5 * sum(t.cost.max() for t in tables)
+    best = sum(t.loss[i] for t, i in zip(tables, _knapsack(tables, budget), strict=True))
+    assert best == pytest.approx(brute_force(tables, budget))
+    monkeypatch.setattr("hf_prune.allocate.FRONTIER", 64)
+    thinned = _knapsack(tables, budget)
+    assert sum(t.cost[i] for t, i in zip(tables, thinned, strict=True)) <= budget
+    assert sum(t.loss[i] for t, i in zip(tables, thinned, strict=True)) <= 1.05 * best
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ranking_keeps_the_best_heads_evenly_in_each_group(seed):
+    """Against all ways to keep g groups with r heads each."""
+    scores = np.random.default_rng(seed).random((3, 4))
+    counts = tuple(itertools.product((1, 2, 3), (1, 2, 3, 4)))
+    ranking = Ranking("head", scores, counts)
+    for (groups, each), loss in zip(counts, ranking.losses(), strict=True):
+        ways = [
+            [g * 4 + i for g, row in zip(chosen, rows, strict=True) for i in row]
+            for chosen in itertools.combinations(range(3), groups)
+            for rows in itertools.product(itertools.combinations(range(4), each), repeat=groups)
+        ]
+        best = max(ways, key=lambda kept: scores.ravel()[kept].sum())
+        assert ranking.kept((groups, each)) == tuple(best)
+        assert loss == pytest.approx(scores.sum() - scores.ravel()[best].sum())
+
+
+def random_scores(anatomy, config, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    units = choose_units(anatomy, config)
+    return {s.key: torch.rand(s.sizes[unit_of(s, units)], generator=generator) for s in anatomy.sites}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uniform_plan_is_the_best_of_all_pairs(seed):
+    """BERT, uniform: one head count and one width; every pair is tried by hand."""
+    anatomy = describe(tiny("BertForMaskedLM"))
+    config = PruningConfig(keep=0.7, shapes="uniform")
+    scores = random_scores(anatomy, config, seed)
+    plan = allocate(anatomy, scores, config, align=4)
+    costs = cost_model(anatomy, "macs", 128, "model")
+    dense = costs.total(dense_counts(anatomy))
+    found = []
+    for heads, width in itertools.product(range(1, 5), range(4, 49, 4)):
+        counts = {s.key: (heads, heads) if s.is_attention else (width, 0) for s in anatomy.sites}
+        if costs.total(counts) <= 0.7 * dense:
+            keep = {s.key: heads if s.is_attention else width for s in anatomy.sites}
+            found.append(sum(float(scores[k].sort().values[: len(scores[k]) - n].sum()) for k, n in keep.items()))
+    removed = {s.key: set(range(s.of)) - set(s.kept) for s in plan.sites}
+    assert sum(float(scores[k][list(r)].sum()) for k, r in removed.items() if r) == pytest.approx(min(found))
+    assert plan.cost["predicted_loss"] == pytest.approx(min(found))
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("align", [1, 3, 8])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_align_and_equal_counts(family, shapes, align):
+    anatomy = describe(tiny_model(family))
+    config = within_reach(tiny_model(family), PruningConfig(metric="params", shapes=shapes, align=align))
+    plan = allocate(anatomy, random_scores(anatomy, config), config, align)
+    costs = cost_model(anatomy, "params", 128, "blocks")
+    realised = costs.total(planned_counts(anatomy, plan)) / costs.total(dense_counts(anatomy))
+    assert realised <= config.keep + 1e-9  # `keep` lies on a reachable cost: rounding of the division
+    widths = {len(s.kept) for s in plan.sites if s.unit == "neuron"}
+    assert all(width % align == 0 or width == 48 for width in widths)
+    if shapes != "per_layer":
+        for key in {site.row.count_key for site in anatomy.sites}:
+            assert len({len(plan[s.key].kept) for s in anatomy.sites if s.row.count_key == key}) == 1
+
+
+def test_more_freedom_loses_no_more():
+    anatomy = describe(tiny("BertForMaskedLM"))
+    scores = random_scores(anatomy, PruningConfig(shapes="uniform"))
+    uniform, per_layer = (
+        allocate(anatomy, scores, PruningConfig(keep=0.6, shapes=shapes), align=4)
+        for shapes in ("uniform", "per_layer")
+    )
+    assert per_layer.cost["predicted_loss"] <= uniform.cost["predicted_loss"] * 1.001
+
+
+def test_stock_llama_keeps_head_counts_that_divide_hidden_size():
+    """9 heads of hidden 36 (as SmolLM2's 9 of 576): stock may keep 1, 2, 3, 4, 6 or 9 of them."""
+    model = tiny("LlamaForCausalLM", hidden_size=36, num_attention_heads=9, num_key_value_heads=9)
+    anatomy = describe(model)
+    seen = set()
+    for keep in np.linspace(0.35, 1, 20):
+        config = PruningConfig(keep=float(keep), metric="params", units=["heads", "neurons"])
+        plan = allocate(anatomy, random_scores(anatomy, config), config, align=4)
+        seen |= {len(s.kept) for s in plan.sites if s.unit == "head"}
+    assert seen <= {1, 2, 3, 4, 6, 9}
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_reachable_is_the_true_minimum(family, shapes):
+    """Just above it works, just below does not."""
+    anatomy = describe(tiny_model(family))
+    config = PruningConfig(metric="params", shapes=shapes)
+    align = default_align(anatomy, "cpu")
+    least = reachable(anatomy, config, align)
+    at = PruningConfig(keep=least * 1.0001, metric="params", shapes=shapes)
+    allocate(anatomy, random_scores(anatomy, at), at, align)
+    below = PruningConfig(keep=least * 0.999, metric="params", shapes=shapes)
+    with pytest.raises(ValueError, match=f"the least is {least:.3f}"):
+        allocate(anatomy, random_scores(anatomy, below), below, align)
+
+
+def test_unreachable_keep_names_the_other_shapes():
+    model = tiny("LlamaForCausalLM", hidden_size=36, num_attention_heads=9, num_key_value_heads=9)
+    with pytest.raises(ValueError, match=r"shapes='uniform' 0\.\d+, shapes='per_layer' 0\.\d+.*model_type='mistral'"):
+        analyze(model, [tiny_batch(model)], PruningConfig(keep=0.01))
+
+
+def test_scores_of_incomparable_criteria_are_normalised_per_site():
+    """One site's scores a thousand times larger change nothing for magnitude-like criteria."""
+    anatomy = describe(tiny("BertForMaskedLM"))
+    config = PruningConfig(keep=0.7, shapes="per_layer")
+    scores = random_scores(anatomy, config)
+    first = anatomy.sites[0].key
+    plans = [
+        allocate(anatomy, {**scores, first: scores[first] * factor}, config, align=4, comparable=False)
+        for factor in (1, 1000)
+    ]
+    assert plans[0].hash == plans[1].hash
+
+
+@pytest.mark.parametrize(("width", "expected"), [(3072, 32), (512, 32), (256, 16), (48, 2), (8, 1)])
+def test_default_align_on_cpu(width, expected):
+    anatomy = describe(tiny("BertForMaskedLM", intermediate_size=width))
+    assert default_align(anatomy, "cpu") == expected
+
+
+def test_several_keeps_from_one_pass():
+    """Plans for other targets never run the model again."""
+    model = tiny("BertForSequenceClassification")
+    analysis = analyze(model, [tiny_batch(model)], PruningConfig(keep=1.0, shapes="uniform"))
+
+    def explode(*_, **__):
+        raise AssertionError("the model ran")
+
+    model.forward = explode
+    kept = [analysis.plan(keep).cost["keep"] for keep in (0.9, 0.7, 0.5)]
+    assert [k <= keep for k, keep in zip(kept, (0.9, 0.7, 0.5), strict=True)] == [True] * 3
+    assert kept == sorted(kept, reverse=True)

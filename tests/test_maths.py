@@ -1,0 +1,355 @@
+"""The closed forms, each against a direct computation in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny, tiny_batch
+from torch.nn import functional
+
+from hf_prune import describe
+from hf_prune.batches import draw, even_positions
+from hf_prune.calibrate import Sums, rows_of, statistics
+from hf_prune.importance import CRITERIA, SiteStatistics, activation, fluctuation, hessian, magnitude, random
+from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, shift_bias, solve
+from hf_prune.sequential import matrix_of, set_matrix_
+from hf_prune.sites import consumer
+
+N, K, S, D = 200, 12, 7, 5  # tokens, dense columns, kept columns, outputs
+
+
+class Layer:
+    """A consumer, its inputs, and a residual: all of what a refit sees."""
+
+    def __init__(self, seed=0, has_bias=True, tokens=N):
+        g = torch.Generator().manual_seed(seed)
+        mix = torch.randn(K, K, generator=g)
+        self.x = torch.randn(tokens, K, generator=g) @ mix + 0.5
+        self.weight = torch.randn(D, K, generator=g)
+        self.bias = torch.randn(D, generator=g) if has_bias else None
+        self.residual = 0.1 * torch.randn(tokens, D, generator=g)
+        self.kept = [0, 2, 3, 6, 7, 9, 11]
+        self.has_bias = has_bias
+
+    @property
+    def own(self):
+        return functional.linear(self.x, self.weight, self.bias)
+
+    @property
+    def start(self):
+        """The plain cut [D, S (+1)]."""
+        cut = self.weight[:, self.kept]
+        return torch.cat([cut, self.bias[:, None]], 1) if self.has_bias else cut
+
+    @property
+    def inputs(self):
+        """A [n, S (+1)] in float64."""
+        x = self.x[:, self.kept].double()
+        return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1) if self.has_bias else x
+
+    @property
+    def moments(self):
+        m = Moments(D, S, self.has_bias, torch.device("cpu"))
+        for rows in torch.arange(len(self.x)).chunk(3):
+            m.add(self.x[rows][:, self.kept], self.own[rows], self.residual[rows])
+        return m
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("ridge", [0.001, 0.1, 10.0])
+def test_refit_is_the_ridge_solution(has_bias, blend, ridge):
+    """The same problem as one dense least-squares system with rows for the penalty; the bias has none."""
+    layer = Layer(has_bias=has_bias)
+    a, start = layer.inputs, layer.start.double()
+    strength = (ridge * (a[:, :S] ** 2).sum(0).mean()).sqrt()
+    penalty = torch.cat(
+        [strength * torch.eye(S, dtype=torch.float64), torch.zeros(S, has_bias, dtype=torch.float64)], 1
+    )
+    target = (layer.own + blend * layer.residual).double()
+    system, right = torch.cat([a, penalty]), torch.cat([target, strength * start[:, :S].T])
+    expected = torch.linalg.lstsq(system, right).solution.T
+    found = solve(layer.start, layer.moments, ridge, [blend])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert found.dtype == torch.float64
+
+
+def test_refit_without_ridge_equals_the_hessian_form():
+    """Own target, no ridge, no bias: W G_:S G_SS^-1."""
+    layer = Layer(has_bias=False)
+    gram = layer.x.double().T @ layer.x.double()
+    kept = layer.kept
+    expected = layer.weight.double() @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept])
+    found = solve(layer.start, layer.moments, 1e-9, [0.0])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_large_ridge_returns_the_original_weights_but_not_the_bias():
+    layer = Layer()
+    found = solve(layer.start, layer.moments, 1e4, [0.0])[0]
+    torch.testing.assert_close(found[:, :S], layer.start[:, :S].double(), rtol=1e-3, atol=1e-3)
+    mean_gap = (layer.own.double() - layer.inputs @ found.T).mean(0)
+    torch.testing.assert_close(mean_gap, torch.zeros(D, dtype=torch.float64), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_moments_error_is_the_mean_square(has_bias):
+    layer = Layer(has_bias=has_bias)
+    weight = layer.start + 0.1
+    direct = (layer.inputs @ weight.double().T - (layer.own + layer.residual).double()).square().sum(1).mean()
+    assert layer.moments.error(weight) == pytest.approx(direct.item(), rel=1e-4)
+
+
+def test_refit_picks_the_best_candidate_on_held_out_rows():
+    layer = Layer(tokens=2000)
+    held_out = Layer(tokens=2000).moments  # the same rows: the best of the grid is known
+    result = refit(layer.start, layer.moments, held_out)
+    grid = [
+        held_out.error(candidate)
+        for ridge in (0.001, 0.01, 0.1, 1.0)
+        for candidate in solve(layer.start, layer.moments, ridge, (0.0, 0.5, 1.0))
+    ]
+    assert result.accepted
+    assert result.error_after == pytest.approx(min(grid))
+    assert result.error_after < result.error_before == pytest.approx(held_out.error(layer.start))
+
+
+def test_refit_refuses_what_does_not_help():
+    """Held-out rows where the plain cut is already exact: nothing can be better."""
+    layer, other = Layer(), Layer(seed=1)
+    cut = [c for c in range(K) if c not in layer.kept]
+    other.weight, other.bias = layer.weight, layer.bias
+    other.x[:, cut], other.residual = 0.0, torch.zeros(N, D)
+    result = refit(layer.start, layer.moments, other.moments)
+    assert not result.accepted
+    assert torch.equal(result.weight, layer.start)
+    assert result.ridge is None
+
+
+def test_few_tokens_raise_the_ridge():
+    layer = Layer(tokens=20)
+    result = refit(layer.start, layer.moments, layer.moments, blends=(0.0,), ridges=(0.01,))
+    assert result.ridge == pytest.approx(0.01 * 10 * (S + 1) / 20)
+
+
+def test_no_tokens_leave_the_plain_cut():
+    """A sublayer that never runs (cross-attention of a lone decoder) is cut and nothing else."""
+    layer, empty = Layer(), Moments(D, S, True, torch.device("cpu"))
+    assert torch.equal(refit(layer.start, empty, empty).weight, layer.start)
+
+
+def test_shift_bias_adds_the_mean_of_what_was_cut():
+    layer = Layer(tokens=2000)
+    layer.residual = torch.zeros_like(layer.residual)
+    cut = [c for c in range(K) if c not in layer.kept]
+    expected = layer.bias + layer.weight[:, cut] @ layer.x[:, cut].mean(0)
+    result = shift_bias(layer.start, layer.moments, layer.moments)
+    torch.testing.assert_close(result.weight[:, -1].float(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(result.weight[:, :-1].float(), layer.start[:, :-1])
+    assert result.accepted
+
+
+@pytest.mark.parametrize("with_shift", [True, False])
+def test_refit_channels_is_one_regression_a_channel(with_shift):
+    rng = np.random.default_rng(0)
+    z = rng.normal(0.3, 1.0, (400, D))
+    y = z * rng.normal(1, 0.5, D) + with_shift * rng.normal(0, 1, D) + rng.normal(0, 0.1, (400, D))
+    sums = ChannelSums(D, torch.device("cpu"))
+    for rows in np.array_split(np.arange(400), 3):
+        sums.add(torch.tensor(z[rows]), torch.tensor(y[rows]))
+    scale, shift = refit_channels(sums, sums, with_shift)
+    for channel in range(D):
+        if with_shift:
+            expected = np.polyfit(z[:, channel], y[:, channel], 1)
+        else:
+            expected = (np.linalg.lstsq(z[:, channel : channel + 1], y[:, channel], rcond=None)[0][0], 0.0)
+        assert (scale[channel].item(), shift[channel].item()) == pytest.approx(tuple(expected), rel=1e-6, abs=1e-9)
+    direct = ((scale.numpy() * z + shift.numpy() - y) ** 2).sum(1).mean()
+    assert sums.error(scale, shift) == pytest.approx(direct)
+
+
+def test_refit_channels_refuses_what_does_not_help():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(400, D, generator=g)
+    noisy, exact = ChannelSums(D, torch.device("cpu")), ChannelSums(D, torch.device("cpu"))
+    noisy.add(z, 2 * z)
+    exact.add(z, z)
+    assert refit_channels(noisy, exact, with_shift=True) is None
+
+
+# --- criteria --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [12, 4])
+def test_hessian_is_the_error_of_removing_a_unit_and_refitting(units):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(400, K, generator=g) @ torch.randn(K, K, generator=g)).double()
+    weight = torch.randn(D, K, generator=g)
+    gram = x.T @ x / len(x)
+    found = hessian(SiteStatistics(units, weight, torch.ones(units), gram=gram.float()), damping=0.0)
+    width = K // units
+    for unit in range(units):
+        others = [c for c in range(K) if c // width != unit]
+        target = x @ weight.double().T
+        solution = torch.linalg.lstsq(x[:, others], target).solution
+        error = (x[:, others] @ solution - target).square().sum(1).mean()
+        assert found[unit].item() == pytest.approx(error.item(), rel=1e-2)
+
+
+def test_hessian_survives_a_singular_gram():
+    gram = torch.zeros(4, 4)
+    gram[0, 0] = 1.0
+    assert hessian(SiteStatistics(4, torch.ones(2, 4), torch.ones(4), gram=gram)).isfinite().all()
+
+
+def test_activation_fluctuation_and_magnitude_by_hand():
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(300, 6, generator=g) + 1, torch.randn(4, 6, generator=g)
+    s = SiteStatistics(3, weight, torch.tensor([1.0, 4.0, 9.0]), mean=x.mean(0), square=x.square().mean(0))
+    wanda = (weight.abs() * x.square().mean(0).sqrt()).sum(0).view(3, 2).sum(1)
+    torch.testing.assert_close(activation(s), wanda)
+    flap = (x.var(0, unbiased=False) * weight.square().sum(0)).view(3, 2).sum(1)
+    torch.testing.assert_close(fluctuation(s), flap, rtol=1e-4, atol=1e-5)
+    assert magnitude(s).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_random_is_the_same_for_the_same_seed():
+    draws = [
+        random(SiteStatistics(9, torch.ones(1, 9), torch.ones(9), generator=torch.Generator().manual_seed(seed)))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_a_criterion_without_its_statistics_says_so():
+    with pytest.raises(ValueError, match="not collected"):
+        hessian(SiteStatistics(2, torch.ones(1, 2), torch.ones(2)))
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_sums_are_means_over_rows():
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+    sums = Sums(6, torch.device("cpu"), full=True)
+    for part in x.chunk(4):
+        sums.add(part)
+    found = sums.means()
+    torch.testing.assert_close(found["mean"], x.mean(0))
+    torch.testing.assert_close(found["square"], x.square().mean(0))
+    torch.testing.assert_close(found["gram"], x.T @ x / 90)
+
+
+def consumer_inputs(model, site, batch):
+    """What really enters a consumer in one stock forward pass [B, T, K]."""
+    seen = []
+    handle = consumer(model, site).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def real_tokens(model, site, batch):
+    """Which tokens count for a site [B, T]."""
+    if model.main_input_name == "pixel_values":
+        return None
+    if site.stack == "decoder" and "ConditionalGeneration" in type(model).__name__:
+        return batch["labels"] != -100
+    return batch["attention_mask"] == 1
+
+
+def test_statistics_match_a_plain_forward(class_name):
+    """Gram, mean and square of every consumer's input, layer by layer, are those of the whole model's forward."""
+    model = tiny(class_name)
+    batches = [tiny_batch(model, seed=seed) for seed in (0, 1)]
+    sites = describe(model).sites
+    units = {site.key: site.heads or site.columns for site in sites}
+    drawn = draw(model, batches, 16, 0)
+    collected = 0
+    for site, found in statistics(model, sites, units, drawn, CRITERIA["hessian"], 0):
+        if not site.active:
+            assert not found.gram.any()
+            continue
+        rows = []
+        for batch in batches:
+            x = consumer_inputs(model, site, batch)
+            mask = real_tokens(model, site, batch)
+            rows.append(x.reshape(-1, x.shape[-1]) if mask is None else x.reshape(*mask.shape, -1)[mask])
+        x = torch.cat(rows)
+        torch.testing.assert_close(found.gram, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.square, x.square().mean(0), rtol=1e-3, atol=1e-4)
+        collected += 1
+    assert collected == sum(site.active for site in sites)
+
+
+def test_weight_squares_count_all_weights_of_a_unit(class_name):
+    """A unit's squares summed over units are all the squares of the site's matrices."""
+    model = tiny(class_name)
+    sites = describe(model).sites
+    for granularity in ("heads", "groups"):
+        units = {s.key: (s.heads if granularity == "heads" else s.kv_heads) or s.columns for s in sites}
+        for site, found in statistics(model, sites, units, [], CRITERIA["magnitude"], 0):
+            layer = model.get_submodule(site.path)
+            if site.is_attention:
+                paths = {*site.row.producers, site.row.out}
+                if units[site.key] != site.kv_heads and site.row.q != site.row.k:
+                    paths -= {site.row.k, site.row.v}
+                elif units[site.key] != site.kv_heads:
+                    continue  # one matrix holds q, k and v; the split is checked at the other granularity
+            else:
+                paths = {site.row.down, *next(p for p in site.row.up if all(has(layer, path) for path in p))}
+            total = sum(layer.get_submodule(path).weight.square().sum().item() for path in paths)
+            assert found.weight_square.sum().item() == pytest.approx(total, rel=1e-4), site.name
+
+
+def has(layer, path):
+    return path in dict(layer.named_modules())
+
+
+def test_rows_of_flattens_masks_and_chooses():
+    x = torch.arange(24.0).view(2, 3, 4)
+    mask = torch.tensor([1, 1, 0, 1, 0, 0]).bool()
+    assert rows_of(x, mask).tolist() == x.view(6, 4)[mask].tolist()
+    assert rows_of(x, mask, torch.tensor([False, True])).tolist() == x[1, :1].tolist()
+    assert rows_of(x.view(6, 4), None, torch.tensor([False, True])).tolist() == x[1].tolist()
+
+
+@pytest.mark.parametrize(("total", "samples"), [(100, 10), (10, 10), (7, 100), (1000, 333)])
+def test_even_positions(total, samples):
+    positions = even_positions(total, samples, seed=0)
+    assert positions == sorted(set(positions))
+    assert len(positions) == min(total, samples)
+    if samples < total:
+        stratum = total / samples
+        assert all(int(i * stratum) <= p <= (i + 1) * stratum for i, p in enumerate(positions))
+        assert positions != even_positions(total, samples, seed=1)
+
+
+def test_the_draw_takes_from_all_batches_and_holds_out_a_fifth():
+    model = tiny("BertForSequenceClassification")
+    data = [tiny_batch(model, seed=seed) for seed in range(10)]
+    drawn = draw(model, data, samples=40, seed=0)
+    ids = torch.cat([batch.inputs["input_ids"] for batch in drawn])
+    assert len(ids) == 40
+    for batch in data:
+        found = [(row == ids).all(1).any() for row in batch["input_ids"]]
+        assert 3 <= sum(map(int, found)) <= 5
+    assert sum(int(batch.held_out.sum()) for batch in drawn) == 8
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_matrix_of_and_back(name):
+    """Linear and Conv1D, with and without bias."""
+    model = tiny(name)
+    out = consumer(model, describe(model).sites[0])
+    before = {key: value.clone() for key, value in out.state_dict().items()}
+    matrix = matrix_of(out)
+    x = torch.randn(3, describe(model).sites[0].columns)
+    ones = torch.cat([x, torch.ones(3, 1)], 1) if out.bias is not None else x
+    torch.testing.assert_close(ones @ matrix.T, out(x).detach(), rtol=1e-4, atol=1e-5)
+    set_matrix_(out, matrix * 2)
+    assert all(torch.equal(out.state_dict()[key], 2 * value) for key, value in before.items())
