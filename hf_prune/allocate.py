@@ -101,9 +101,9 @@ def allocate(
     """
     costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model")
     dense = costs.total(dense_counts(anatomy))
-    rankings = _rankings(anatomy, scores, config, align, comparable)
-    groups = _groups(anatomy, config.shapes)
-    tables = [_table(members, rankings, costs) for members in groups]
+    if config.keep == 1:  # all stays, also what scores nothing
+        return _plan(anatomy, [_everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
+    groups, rankings, tables = _offers(anatomy, scores, config, align, comparable, costs)
     chosen = _knapsack(tables, config.keep * dense - costs.fixed)
     if chosen is None:
         raise ValueError(_unreachable(anatomy, config, align, dense))
@@ -112,10 +112,9 @@ def allocate(
         for members, option in zip(groups, chosen, strict=True)
         for site in members
     }
-    sites = tuple(_site_plan(site, rankings[site.key], counts[site.key]) for site in anatomy.sites)
-    plan = PruningPlan(anatomy.model_type, sites, config=config.to_dict())
+    sites = [_site_plan(site, rankings[site.key], counts[site.key]) for site in anatomy.sites]
     loss = sum(float(table.loss[option]) for table, option in zip(tables, chosen, strict=True))
-    return replace(plan, cost=_cost_summary(anatomy, plan, config, costs, dense, loss))
+    return _plan(anatomy, sites, config, costs, loss)
 
 
 def reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> float:
@@ -123,10 +122,18 @@ def reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> float:
     costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model")
     units = choose_units(anatomy, config)
     flat = {site.key: torch.ones(site.sizes[unit_of(site, units)]) for site in anatomy.sites}
-    rankings = _rankings(anatomy, flat, config, align, comparable=True)
-    tables = [_table(members, rankings, costs) for members in _groups(anatomy, config.shapes)]
+    _, _, tables = _offers(anatomy, flat, config, align, True, costs)
     least = costs.fixed + sum(table.cost.min() for table in tables)
     return float(least / costs.total(dense_counts(anatomy)))
+
+
+def _offers(
+    anatomy: Anatomy, scores: Scores, config: PruningConfig, align: int, comparable: bool, costs: CostModel
+) -> tuple[list[list[Site]], dict[SiteKey, Ranking], list[Table]]:
+    """Groups of sites that must share a count, each site's ranking, and what each count of a group loses and costs."""
+    groups = _groups(anatomy, config.shapes)
+    rankings = _with_common_counts(groups, _rankings(anatomy, scores, config, align, comparable))
+    return groups, rankings, [_table(members, rankings, costs) for members in groups]
 
 
 def _rankings(
@@ -186,6 +193,22 @@ def _grouped(anatomy: Anatomy, key: Callable[[Site], object]) -> list[list[Site]
     for site in anatomy.sites:
         groups.setdefault(key(site), []).append(site)
     return list(groups.values())
+
+
+def _with_common_counts(groups: list[list[Site]], rankings: dict[SiteKey, Ranking]) -> dict[SiteKey, Ranking]:
+    """Rankings that offer what every site of their group can have (an earlier cut may have left unequal sites)."""
+    found: dict[SiteKey, Ranking] = {}
+    for members in groups:
+        offers = [rankings[site.key].counts for site in members]
+        common = tuple(count for count in offers[0] if all(count in offer for offer in offers))
+        if not common:
+            raise ValueError(
+                f"{members[0].name} and the {len(members) - 1} sites that must match it differ already and share no "
+                "allowed count. Use shapes='per_layer', or a smaller align."
+            )
+        narrowed = {id(r): replace(r, counts=common) for r in (rankings[site.key] for site in members)}
+        found.update({site.key: narrowed[id(rankings[site.key])] for site in members})
+    return found
 
 
 @dataclass(frozen=True)
@@ -257,19 +280,27 @@ def _site_plan(site: Site, ranking: Ranking, count: Count) -> SitePlan:
     return SitePlan(site.stack, site.layer, site.kind, ranking.unit, ranking.scores.size, ranking.kept(count))
 
 
-def _cost_summary(
-    anatomy: Anatomy, plan: PruningPlan, config: PruningConfig, costs: CostModel, dense: float, loss: float
-) -> dict[str, object]:
-    counts = planned_counts(anatomy, plan)
-    return {
+def _everything(site: Site, config: PruningConfig) -> SitePlan:
+    unit = unit_of(site, config.units or ())
+    count = site.sizes[unit]
+    return SitePlan(site.stack, site.layer, site.kind, unit, count, tuple(range(count)))
+
+
+def _plan(
+    anatomy: Anatomy, sites: Sequence[SitePlan], config: PruningConfig, costs: CostModel, loss: float
+) -> PruningPlan:
+    plan = PruningPlan(anatomy.model_type, tuple(sites), config=config.to_dict())
+    counts, dense = planned_counts(anatomy, plan), dense_counts(anatomy)
+    cost = {
         "metric": config.metric,
         "scope": config.scope,
         "sequence_length": anatomy.tokens(config.sequence_length),
-        "keep": costs.total(counts) / dense,
+        "keep": costs.total(counts) / costs.total(dense),
         "predicted_loss": loss,
-        "before": cost_report(anatomy, dense_counts(anatomy), config.sequence_length),
+        "before": cost_report(anatomy, dense, config.sequence_length),
         "after": cost_report(anatomy, counts, config.sequence_length),
     }
+    return replace(plan, cost=cost)
 
 
 def _unreachable(anatomy: Anatomy, config: PruningConfig, align: int, dense: float) -> str:

@@ -90,17 +90,21 @@ def check_weights(model: nn.Module) -> None:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients for the weights; training flags and requires_grad come back, also on error."""
     training = {module: module.training for module in model.modules()}
-    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    requires_grad = {  # by place: a cut puts new parameters there
+        (module, name): p.requires_grad
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+    }
     try:
         model.eval()
-        for p in requires_grad:
+        for p in model.parameters():
             p.requires_grad_(False)
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
-        for p, needed in requires_grad.items():
-            p.requires_grad_(needed)
+        for (module, name), needed in requires_grad.items():
+            getattr(module, name).requires_grad_(needed)
 
 
 def _probe(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:

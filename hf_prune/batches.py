@@ -91,9 +91,9 @@ def even_positions(total: int, samples: int, seed: int) -> list[int]:
     """Sorted positions: one at random from each of `samples` equal strata of `total`."""
     if samples >= total:
         return list(range(total))
-    edges = torch.linspace(0, total, samples + 1, dtype=torch.float64)
+    edges = torch.arange(samples + 1) * total // samples  # whole numbers: no position is in two strata
     offsets = torch.rand(samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (edges[:-1] + offsets * (edges[1:] - edges[:-1])).long().clamp_max(total - 1).tolist()
+    return (edges[:-1] + (offsets * (edges[1:] - edges[:-1])).long()).tolist()
 
 
 def _pick_rows(batches: list[dict[str, torch.Tensor]], samples: int, seed: int) -> list[dict[str, torch.Tensor]]:

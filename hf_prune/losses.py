@@ -25,7 +25,9 @@ def has_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> bool:
 
 
 def _is_causal_lm(model: PreTrainedModel) -> bool:
-    return getattr(model, "loss_type", None) == "ForCausalLM" and not model.config.is_encoder_decoder
+    # transformers names no loss type for GPT2LMHeadModel and falls back to the causal one
+    named = getattr(model, "loss_type", None) == "ForCausalLM" or "LMHeadModel" in type(model).__name__
+    return named and not model.config.is_encoder_decoder
 
 
 def _has_task_head(model: PreTrainedModel) -> bool:
@@ -40,8 +42,8 @@ def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.T
     """
     targets = batch.targets
     if "start_positions" in targets and hasattr(output, "start_logits"):
-        start = _cross_entropy(output.start_logits, targets["start_positions"])
-        end = _cross_entropy(output.end_logits, targets["end_positions"])
+        start = _cross_entropy(_real(output.start_logits, batch), targets["start_positions"])
+        end = _cross_entropy(_real(output.end_logits, batch), targets["end_positions"])
         return (start + end) / 2
     logits, labels = getattr(output, "logits", None), targets.get("labels")
     if logits is None or (labels is None and not _is_causal_lm(model)):
@@ -55,6 +57,12 @@ def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.T
     if logits.dim() == 3:
         return _cross_entropy(logits, labels)
     return _sequence_loss(model, logits.float(), labels)
+
+
+def _real(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Logits over tokens [B, T] that no padded token can win."""
+    mask = batch.inputs.get("attention_mask")
+    return logits if mask is None else logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

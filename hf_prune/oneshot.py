@@ -22,7 +22,7 @@ from .anatomy import Anatomy, describe, quiet
 from .batches import Batch, draw, forward_inputs, token_mask
 from .calibrate import statistics
 from .config import PruningConfig
-from .importance import CRITERIA
+from .importance import CRITERIA, Criterion, SiteStatistics
 from .layout import KEY, write_
 from .losses import has_loss
 from .plan import PruningPlan, SiteKey
@@ -103,14 +103,20 @@ def analyze(
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
     scores = {}
     for site, found in statistics(model, anatomy.sites, sizes, batches, criterion, config.calibration_seed):
-        score = criterion.score(found)
-        if not torch.isfinite(score).all():
-            raise ValueError(
-                f"{site.name}: the {criterion.name} score is NaN or infinite. Check the calibration data and the "
-                f"model's dtype ({model.dtype}); float16 overflows where bfloat16 or float32 do not."
-            )
-        scores[site.key] = score
+        scores[site.key] = _score(site, criterion, found, model.dtype)
     return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started)
+
+
+def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
+    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    if all(bool(value.isfinite().all()) for value in tensors):
+        score = criterion.score(found)
+        if torch.isfinite(score).all():
+            return score
+    raise ValueError(
+        f"{site.name}: the statistics or the {criterion.name} score are NaN or infinite. Check the weights, the "
+        f"calibration data and the dtype ({dtype}); float16 overflows where bfloat16 or float32 do not."
+    )
 
 
 def prune(
@@ -139,7 +145,7 @@ def prune(
         analysis = analyze(model, data, config, processing_class=processing_class, data_collator=data_collator)
         return apply(model, analysis)
     anatomy = describe(model)
-    plan.check(anatomy.model_type, anatomy.sizes)
+    _check_plan(anatomy, plan)
     _check_repair(anatomy, config)
     batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
     return apply(model, Analysis(anatomy, config, batches, {}, config.align or 1, 0.0), plan)
@@ -149,7 +155,7 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     """Cut and repair a model by a plan (default: the analysis' own for its config). In place."""
     plan = plan or analysis.plan()
     anatomy, config = analysis.anatomy, analysis.config
-    plan.check(anatomy.model_type, anatomy.sizes)
+    _check_plan(anatomy, plan)
     earlier = record_of(model)
     started = time.perf_counter()
     repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
@@ -170,6 +176,17 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
 # --- checks before anything is changed -------------------------------------------------------------------------------
 
 
+def _check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
+    plan.check(anatomy.model_type, anatomy.sizes)
+    kept: dict[tuple[str, str], tuple[int, ...]] = {}
+    for site in anatomy.sites if anatomy.family.coupled_heads else ():
+        if site.is_attention and kept.setdefault((site.stack, site.kind), plan[site.key].kept) != plan[site.key].kept:
+            raise ValueError(
+                f"{site.name}: all {site.kind} sites of a {anatomy.model_type} {site.stack} must keep the same heads "
+                f"(they share one position bias); the plan keeps {plan[site.key].kept} here."
+            )
+
+
 def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
     without = [site.name for site in anatomy.sites if not site.has_bias]
     if config.repair == "bias" and without:
@@ -180,7 +197,7 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
 
 
 def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> None:
-    if reachable(anatomy, config, align) > config.keep:
+    if config.keep < 1 and reachable(anatomy, config, align) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
