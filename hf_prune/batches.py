@@ -61,7 +61,7 @@ def draw(
     for batch in batches:
         size = len(next(iter(batch.values())))
         held_out = (torch.arange(position, position + size) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-        drawn.append(_prepare(model, batch, held_out))
+        drawn.append(prepare(model, batch, held_out))
         position += size
     return drawn
 
@@ -151,7 +151,7 @@ def _default_collator(processing_class: Any) -> Any:
     return default_data_collator
 
 
-def _prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tensor) -> Batch:
+def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tensor) -> Batch:
     parameters = inspect.signature(model.forward).parameters
     moved = {key: value.to(model.device) for key, value in batch.items()}
     targets = {key: moved.pop(key) for key in TARGETS if key in moved}

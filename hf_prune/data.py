@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .anatomy import quiet
-from .batches import IGNORE, Batch, _prepare, even_positions, forward_inputs
+from .batches import IGNORE, Batch, even_positions, forward_inputs, prepare
 from .losses import example_losses, has_loss
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def evaluate(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor
     A model without a head or data without labels gives ("loss", nan).
     """
     prepared = [
-        _prepare(model, batch, torch.zeros(len(next(iter(batch.values()))), dtype=torch.bool)) for batch in batches
+        prepare(model, batch, torch.zeros(len(next(iter(batch.values()))), dtype=torch.bool)) for batch in batches
     ]
     if not has_loss(model, prepared):
         return "loss", math.nan

@@ -112,7 +112,7 @@ def shift_bias(weight: torch.Tensor, calibration: Moments, held_out: Moments) ->
 
 
 class ChannelSums:
-    """Sums over tokens for one regression per channel, y ≈ scale·z + shift. All [D], fp64."""
+    """Sums over tokens for one regression per channel, y ≈ scale·z + shift. All [D], fp64 over batches."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.z, self.zz, self.y, self.zy, self.yy = torch.zeros(5, width, dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ class ChannelSums:
         """z: norm output in the pruned stream, y: what it should be; [n, D] fp32."""
         self.tokens += len(z)
         for total, value in ((self.z, z), (self.zz, z * z), (self.y, y), (self.zy, z * y), (self.yy, y * y)):
-            total += value.sum(0, dtype=torch.float64)
+            total += value.sum(0)
 
     def error(self, scale: torch.Tensor, shift: torch.Tensor) -> float:
         """Mean over tokens of ‖scale·z + shift - y‖²."""
