@@ -3,7 +3,7 @@
     python examples/cut_cost.py MODEL_DIR --task classification|lm
 
 Memory is the resident set, sampled every 5 ms; "states" are the cached hidden states of the calibration rows (dense and
-pruned stream, and the targets of one layer), counted from their sizes.
+pruned stream, and three targets of one layer), counted from their sizes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
     )
     analysis = kept[0]
     cut_seconds, cut_growth = peak_rss(lambda: apply(model, analysis))
-    states = 6 * tokens * model.config.hidden_size * 4
+    states = 5 * tokens * model.config.hidden_size * 4
     print(
         json.dumps(
             {

@@ -91,22 +91,20 @@ def main() -> None:
     config = PruningConfig(
         keep=args.keep, metric="params", units=args.units.split(","), criterion=args.criterion, sequence_length=256
     )
-    wanda = replace(config, criterion="activation", repair="none")
-    for name, chosen in (
-        ("wanda-sp, no repair", wanda),
-        ("no repair", replace(config, repair="none")),
-        ("hf_prune", config),
-    ):
+    wanda = analyze(
+        model, data, replace(config, criterion="activation", repair="none"), data_collator=default_data_collator
+    )
+    own = analyze(model, data, config, data_collator=default_data_collator)
+    unrepaired = replace(own, config=replace(own.config, repair="none"))
+    for name, analysis in (("wanda-sp", wanda), (own.config.criterion, unrepaired), (own.config.criterion, own)):
         pruned = copy.deepcopy(model)
-        analysis = analyze(pruned, data, chosen, data_collator=default_data_collator)
         result = apply(pruned, analysis)
-        label = name if name.startswith("wanda") else f"{analysis.config.criterion}, {chosen.repair}"
         show(
-            label,
+            f"{name}, repair {analysis.config.repair}",
             pruned,
             keep=round(result.report["keep"], 4),
             plan=result.plan.summary().splitlines(),
-            seconds=result.report["seconds"],
+            seconds={key: round(value, 1) for key, value in result.report["seconds"].items()},
         )
     print(
         json.dumps({"save_difference": save_pretrained(pruned, args.out, processing_class=tokenizer, overwrite=True)})

@@ -157,7 +157,11 @@ def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tenso
     targets = {key: moved.pop(key) for key in TARGETS if key in moved}
     inputs = {key: value for key, value in moved.items() if key in parameters}
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    if _is_seq2seq_lm(model) and "labels" in targets and "decoder_input_ids" not in inputs:
+    if _is_seq2seq_lm(model) and "decoder_input_ids" not in inputs:
+        if "labels" not in targets:
+            raise ValueError(
+                f"{type(model).__name__} needs labels or decoder_input_ids in every batch; found {sorted(batch)}."
+            )
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=targets["labels"])
     return Batch(inputs, targets, held_out.to(model.device))
 

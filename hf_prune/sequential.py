@@ -59,8 +59,9 @@ class StackRepair:
             targets = self._advance_dense(index, layer, here)
             outputs: list[torch.Tensor] = []
             for position, site in enumerate(here):
+                wanted = targets.pop(site.kind)  # as large as a stream: let go when done
                 if not self.plan[site.key].is_identity:
-                    report, outputs = self._site_(index, layer, here[: position + 1], targets[site.kind])
+                    report, outputs = self._site_(index, layer, here[: position + 1], wanted)
                     reports.append(report)
             ends_here = here[-1].row.norm_place == "after"  # its refitted norm is what the layer returns
             self.pruned.states = outputs if outputs and ends_here else self._advance_pruned(index, layer)
@@ -196,7 +197,9 @@ class StackRepair:
         norm.weight.copy_(scale * (norm.weight + self.norm_offset) - self.norm_offset)
         if has_shift:
             norm.bias.copy_(scale * norm.bias + shift)
-        return True, [(output * scale + shift).to(output.dtype) for output in outputs]
+        for batch, output in enumerate(outputs):  # one at a time: these are as large as a stream
+            outputs[batch] = (output * scale + shift).to(output.dtype)
+        return True, outputs
 
 
 def _end(site: Site) -> str:

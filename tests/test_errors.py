@@ -393,3 +393,9 @@ def test_mistral_needs_equal_layers(tmp_path):
 def test_only_transformers_models(tmp_path):
     with pytest.raises(ValueError, match="PreTrainedModel, got Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")
+
+
+def test_sequence_to_sequence_without_decoder_inputs():
+    model = tiny("T5ForConditionalGeneration")
+    batch = {key: value for key, value in tiny_batch(model).items() if key != "labels"}
+    refused(model, r"needs labels or decoder_input_ids", data=[batch])
