@@ -57,14 +57,14 @@ class StackRepair:
         progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
         for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
             targets = self._advance_dense(index, layer, here)
-            outputs: list[torch.Tensor] = []
             for position, site in enumerate(here):
                 wanted = targets.pop(site.kind)  # as large as a stream: let go when done
+                outputs: list[torch.Tensor] = []  # of its refitted norm; if that ends the layer, it need not run again
                 if not self.plan[site.key].is_identity:
                     report, outputs = self._site_(index, layer, here[: position + 1], wanted)
                     reports.append(report)
-            ends_here = here[-1].row.norm_place == "after"  # its refitted norm is what the layer returns
-            self.pruned.states = outputs if outputs and ends_here else self._advance_pruned(index, layer)
+            ends_layer = here[-1].row.norm_place == "after"
+            self.pruned.states = outputs if outputs and ends_layer else self._advance_pruned(index, layer)
         return reports
 
     def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> dict[str, Targets]:
