@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from .anatomy import describe
     from .checkpoint import save_pretrained
     from .config import PruningConfig
-    from .oneshot import PruneResult, prune
+    from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
 
-__all__ = ["PruneResult", "PruningConfig", "PruningPlan", "describe", "measure", "prune", "save_pretrained"]
+__all__ = ["PruneResult", "PruningConfig", "PruningPlan", "analyze", "describe", "measure", "prune", "save_pretrained"]
 
 _HOME = {
     "PruneResult": "oneshot",
     "PruningConfig": "config",
     "PruningPlan": "plan",
+    "analyze": "oneshot",
     "describe": "anatomy",
     "measure": "report.measure",
     "prune": "oneshot",
