@@ -133,17 +133,18 @@ def prune(
     Args:
         data: list or iterable of batches (dicts of tensors for `model(**batch)`), a DataLoader, or a datasets.Dataset
             with `processing_class` or `data_collator`.
-        plan: replay this plan instead of deciding one (it is checked against the model; no scoring pass).
+        plan: replay this plan instead of deciding one (it is checked against the model; no scoring pass); `config`
+            defaults to the one that it was made with.
 
     Raises:
         ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
             examples; `keep` not reachable; `repair="bias"` without biases; NaN in the scores; a plan for another
             model. All before anything is changed.
     """
-    config = config or PruningConfig()
     if plan is None:
         analysis = analyze(model, data, config, processing_class=processing_class, data_collator=data_collator)
         return apply(model, analysis)
+    config = config or PruningConfig.from_dict(plan.config)
     anatomy = describe(model)
     _check_plan(anatomy, plan)
     _check_repair(anatomy, config)
@@ -157,9 +158,9 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     anatomy, config = analysis.anatomy, analysis.config
     _check_plan(anatomy, plan)
     earlier = record_of(model)
+    composed = plan if earlier is None else earlier.plan.compose(plan)
     started = time.perf_counter()
     repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
-    composed = plan if earlier is None else earlier.plan.compose(plan)
     if not plan.is_identity:
         write_(model, _summary(model, plan, composed, config))
     model._hf_prune = Record(composed, _proof_rows(analysis.batches))  # type: ignore[assignment]
