@@ -9,6 +9,7 @@ pruned stream, and three targets of one layer), counted from their sizes.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import threading
@@ -31,6 +32,7 @@ def peak_rss(work: Callable[[], object]) -> tuple[float, float]:
     """(seconds, growth of the resident set at its peak in bytes) of one call."""
     process, peak, done = psutil.Process(), [0], threading.Event()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would hide what the work takes
     before = process.memory_info().rss
 
     def sample() -> None:
