@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from .anatomy import Anatomy
-from .config import PruningConfig
+from .config import PruningConfig, Shapes
 from .costs import CostModel, cost_model, dense_counts, planned_counts
 from .costs import report as cost_report
 from .plan import PruningPlan, SiteKey, SitePlan
 from .sites import Site
 
 FRONTIER = 2048  # points kept of the cost-loss frontier while groups are merged
-SHAPES = ("stock", "uniform", "per_layer")
+SHAPES: tuple[Shapes, ...] = ("stock", "uniform", "per_layer")
 Scores = Mapping[SiteKey, torch.Tensor]
 Count = tuple[int, int]  # (KV groups or neurons, query heads a group or 1) in units of the scores
 

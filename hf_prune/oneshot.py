@@ -290,11 +290,11 @@ def _proof_rows(batches: Sequence[Batch]) -> Batch:
 
 def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, float]]:
     """What the other shapes would keep and lose of the score at the same target, from the same statistics."""
-    others = {}
+    others: dict[str, dict[str, float]] = {}
     for shapes in SHAPES if analysis.scores and not plan.is_identity else ():
         if shapes == analysis.config.shapes:
             continue
-        changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config["keep"]))  # type: ignore[arg-type]
+        changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config["keep"]))
         with contextlib.suppress(ValueError):  # these units cannot reach the target in those shapes
             other = replace(analysis, config=changed).plan()
             others[shapes] = {key: other.cost[key] for key in ("keep", "predicted_loss")}

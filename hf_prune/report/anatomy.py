@@ -96,9 +96,9 @@ def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[
     """The least `keep` per shapes, for both metrics."""
     rows: list[Row] = []
     for shapes in SHAPES:
-        row = {"shapes": shapes}
+        row: dict[str, str] = {"shapes": shapes}
         for metric in ("macs", "params"):
-            config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)  # type: ignore[arg-type]
+            config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)
             least = reachable(anatomy, config, default_align(anatomy, device))
             row["default units"] = ", ".join(choose_units(anatomy, config))
             row[f"{metric} ({config.scope})"] = f"{least:.3f}"
