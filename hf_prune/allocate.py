@@ -33,9 +33,12 @@ class Ranking:
     unit: str
     scores: np.ndarray  # [G, R]: R units in each of G groups; neurons are groups of one
     counts: tuple[Count, ...]  # allowed
+    gates: np.ndarray | None = None  # gate gradients of each example, [B, G*R]: what the units mean together
 
     def kept(self, count: Count) -> tuple[int, ...]:
         groups, each = count
+        if self.gates is not None and self.scores.shape[1] == 1:
+            return rearranged(self.gates, groups)
         best = np.sort(np.argsort(-self.scores, axis=1, kind="stable")[:, :each], axis=1)  # [G, each]
         value = np.take_along_axis(self.scores, best, axis=1).sum(1)
         rows = np.sort(np.argsort(-value, kind="stable")[:groups])
@@ -49,6 +52,29 @@ class Ranking:
             value = -np.sort(-within[:, :each].sum(1))
             kept[each] = np.concatenate([[0.0], np.cumsum(value)])
         return np.array([self.scores.sum() - kept[each][groups] for groups, each in self.counts])
+
+
+def rearranged(gates: np.ndarray, count: int) -> tuple[int, ...]:
+    """The units kept when those removed are chosen together, by the block-diagonal Fisher.
+
+    Start from the diagonal's choice and exchange each removed unit in turn for the one that makes E[(sum of the removed
+    gates' gradients)²] least (Kwon et al. 2022, section 3.3, mask rearrangement).
+
+    Args:
+        gates: gate gradients, [B, U].
+        count: units to keep.
+    """
+    order = np.argsort((gates**2).sum(0), kind="stable")
+    removed = order[: gates.shape[1] - count].tolist()
+    length, total = (gates**2).sum(0), gates[:, removed].sum(1)
+    products = gates.T @ gates  # [U, U]
+    along = gates.T @ total  # [U]: each unit with the sum of the removed ones
+    is_removed = np.isin(np.arange(gates.shape[1]), removed)
+    for unit in removed:
+        along, is_removed[unit] = along - products[unit], False
+        best = int(np.where(is_removed, np.inf, length + 2 * along).argmin())
+        along, is_removed[best] = along + products[best], True
+    return tuple(np.flatnonzero(~is_removed).tolist())
 
 
 def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
@@ -87,14 +113,20 @@ def default_align(anatomy: Anatomy, device: str) -> int:
 
 
 def allocate(
-    anatomy: Anatomy, scores: Scores, config: PruningConfig, align: int, comparable: bool = True
+    anatomy: Anatomy,
+    scores: Scores,
+    config: PruningConfig,
+    align: int,
+    across: str = "as they are",
+    gates: Scores | None = None,
 ) -> PruningPlan:
     """The plan that loses least score at `config.keep` of the cost.
 
     Args:
         scores: importance per unit, a tensor [U] per site, at the granularity of `unit_of`.
         align: kept FFN widths are multiples of it.
-        comparable: scores of different sites measure the same thing; otherwise they are normalised per site.
+        across: how scores of different sites are made comparable, see `importance.Criterion`.
+        gates: gate gradients of each example [B, U] per site: the removed units are then chosen together.
 
     Raises:
         ValueError: `keep` is below what the units and shapes can reach; the message gives the reachable minimum.
@@ -103,7 +135,8 @@ def allocate(
     dense = costs.total(dense_counts(anatomy))
     if config.keep == 1:  # all stays, also what scores nothing
         return _plan(anatomy, [_everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
-    groups, rankings, tables = _offers(anatomy, scores, config, align, comparable, costs)
+    comparable = _comparable(scores, across)
+    groups, rankings, tables = _offers(anatomy, comparable, config, align, costs, gates or {})
     chosen = _knapsack(tables, config.keep * dense - costs.fixed)
     if chosen is None:
         raise ValueError(_unreachable(anatomy, config, align, dense))
@@ -121,34 +154,44 @@ def reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> float:
     """The least fraction of the cost that can remain with these units and shapes."""
     costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model")
     units = choose_units(anatomy, config)
-    flat = {site.key: torch.ones(site.sizes[unit_of(site, units)]) for site in anatomy.sites}
-    _, _, tables = _offers(anatomy, flat, config, align, True, costs)
+    flat = {site.key: np.ones(site.sizes[unit_of(site, units)]) for site in anatomy.sites}
+    _, _, tables = _offers(anatomy, flat, config, align, costs)
     least = costs.fixed + sum(table.cost.min() for table in tables)
     return float(least / costs.total(dense_counts(anatomy)))
 
 
+def _comparable(scores: Scores, across: str) -> dict[SiteKey, np.ndarray]:
+    values = {key: score.double().numpy() for key, score in scores.items()}
+    if across == "sum":
+        values = {key: value / max(value.sum(), 1e-30) for key, value in values.items()}
+    elif across == "standard":
+        values = {key: (value - value.mean()) / max(value.std(), 1e-30) for key, value in values.items()}
+        least = min(value.min() for value in values.values())
+        values = {key: value - least for key, value in values.items()}  # nothing is worth less than nothing
+    return values
+
+
 def _offers(
-    anatomy: Anatomy, scores: Scores, config: PruningConfig, align: int, comparable: bool, costs: CostModel
+    anatomy: Anatomy,
+    scores: Mapping[SiteKey, np.ndarray],
+    config: PruningConfig,
+    align: int,
+    costs: CostModel,
+    gates: Scores | None = None,
 ) -> tuple[list[list[Site]], dict[SiteKey, Ranking], list[Table]]:
     """Groups of sites that must share a count, each site's ranking, and what each count of a group loses and costs."""
     groups = _groups(anatomy, config.shapes)
-    rankings = _with_common_counts(groups, _rankings(anatomy, scores, config, align, comparable))
-    return groups, rankings, [_table(members, rankings, costs) for members in groups]
-
-
-def _rankings(
-    anatomy: Anatomy, scores: Scores, config: PruningConfig, align: int, comparable: bool
-) -> dict[SiteKey, Ranking]:
     units = choose_units(anatomy, config)
-    values = {key: score.double().numpy() for key, score in scores.items()}
-    if not comparable:
-        values = {key: value / max(value.sum(), 1e-30) for key, value in values.items()}
     rankings = {}
     for coupled in _coupled(anatomy):
-        total = sum(values[site.key] for site in coupled)
-        ranking = _ranking(coupled[0], np.asarray(total), units, anatomy, config.shapes, align)
+        total = np.asarray(sum(scores[site.key] for site in coupled))
+        ranking = _ranking(coupled[0], total, units, anatomy, config.shapes, align)
+        if gates:
+            together = np.concatenate([gates[site.key].double().numpy() for site in coupled])
+            ranking = replace(ranking, gates=together)
         rankings.update({site.key: ranking for site in coupled})
-    return rankings
+    rankings = _with_common_counts(groups, rankings)
+    return groups, rankings, [_table(members, rankings, costs) for members in groups]
 
 
 def _ranking(

@@ -19,7 +19,7 @@ from .batches import Batch, forward_inputs, token_mask
 from .families import Attention
 from .importance import Criterion, SiteStatistics
 from .layerwise import OUTPUT
-from .losses import example_losses
+from .losses import example_losses, with_drawn_labels
 from .plan import PruningPlan, SiteKey
 from .sites import Site, consumer, get, input_axis, output_axis, ups
 
@@ -71,15 +71,24 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Itera
 
 
 def gate_gradients(
-    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[SiteKey, int], batch: Batch
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batch: Batch,
+    draw_labels: torch.Generator | None = None,
 ) -> dict[SiteKey, torch.Tensor]:
-    """Per-example gradients of the loss with respect to the gates at 1: [B, U] per site, from one backward pass."""
+    """Per-example gradients of the loss with respect to the gates at 1: [B, U] per site, from one backward pass.
+
+    Args:
+        draw_labels: draw the labels from the model's own predictions with this generator instead.
+    """
     gates = {
         site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
     }
     with torch.enable_grad(), gated(model, gates, sites):
         output = model(**forward_inputs(model, batch))
-        example_losses(model, output, batch).sum().backward()
+        labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
+        example_losses(model, output, labelled).sum().backward()
     return {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
 
 
@@ -98,9 +107,10 @@ def statistics(
     """
     generator = torch.Generator().manual_seed(seed)
     with quiet(model):
-        collect = {None: _nothing, "gradients": _gradients, "moments": _moments, "gram": _grams}[criterion.needs]
-        for site, found in collect(model, sites, units, batches):
+        gates = _gates(model, sites, units, batches, criterion, generator) if criterion.needs_loss else {}
+        for site, moments in _moments(model, sites, batches, criterion.needs):
             weight = consumer(model, site).weight.detach().float()
+            found = {**gates.pop(site.key, {}), **moments}
             yield (
                 site,
                 SiteStatistics(
@@ -113,37 +123,44 @@ def statistics(
             )
 
 
-Found = Iterator[tuple[Site, dict[str, torch.Tensor]]]
+Found = dict[str, torch.Tensor]
 
 
-def _nothing(model: Any, sites: Sequence[Site], units: Any, batches: Any) -> Found:
-    for site in sites:
-        yield site, {}
-
-
-def _gradients(
-    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[SiteKey, int], batches: Sequence[Batch]
-) -> Found:
-    square = {site.key: torch.zeros(units[site.key], device=model.device) for site in sites}
-    absolute = {key: torch.zeros_like(value) for key, value in square.items()}
+def _gates(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    generator: torch.Generator,
+) -> dict[SiteKey, Found]:
+    """What the gate gradients tell, per site; the gradients of each example only where they are needed."""
+    found = {
+        s.key: {k: torch.zeros(units[s.key], device=model.device) for k in ("gate_square", "gate_abs")} for s in sites
+    }
+    each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites if "examples" in criterion.needs}
     examples = sum(batch.size for batch in batches)
+    draw_labels = generator if criterion.labels == "model" else None
     for batch in tqdm(batches, desc="scoring", leave=False):
-        for key, gradient in gate_gradients(model, sites, units, batch).items():
-            square[key] += gradient.square().sum(0) / examples
-            absolute[key] += gradient.abs().sum(0) / examples
-    for site in sites:
-        yield site, {"gate_square": square[site.key], "gate_abs": absolute[site.key]}
+        for key, gradient in gate_gradients(model, sites, units, batch, draw_labels).items():
+            found[key]["gate_square"] += gradient.square().sum(0) / examples
+            found[key]["gate_abs"] += gradient.abs().sum(0) / examples
+            if key in each:
+                each[key].append(gradient.cpu())
+    return {key: value | ({"gate": torch.cat(each[key])} if key in each else {}) for key, value in found.items()}
 
 
-def _moments(model: PreTrainedModel, sites: Sequence[Site], units: Any, batches: Sequence[Batch]) -> Found:
-    return _walk(model, sites, batches, full=False)
+def _moments(
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], needs: Sequence[str]
+) -> Iterator[tuple[Site, Found]]:
+    if "gram" in needs or "moments" in needs:
+        return _walk(model, sites, batches, full="gram" in needs)
+    return ((site, {}) for site in sites)
 
 
-def _grams(model: PreTrainedModel, sites: Sequence[Site], units: Any, batches: Sequence[Batch]) -> Found:
-    return _walk(model, sites, batches, full=True)
-
-
-def _walk(model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool) -> Found:
+def _walk(
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool
+) -> Iterator[tuple[Site, Found]]:
     """Moments of every consumer's input in the dense stream, one layer at a time."""
     for stack in dict.fromkeys(site.stack for site in sites):
         paths = list(dict.fromkeys(site.path for site in sites if site.stack == stack))

@@ -14,9 +14,21 @@ import yaml
 
 Metric = Literal["macs", "params"]
 Scope = Literal["model", "blocks"]
-Criterion = Literal["fisher", "taylor", "magnitude", "activation", "fluctuation", "hessian", "random"]
+Criterion = Literal[
+    "fisher",
+    "fisher_model",
+    "fisher_block",
+    "fisher_obs",
+    "kprune",
+    "taylor",
+    "magnitude",
+    "activation",
+    "fluctuation",
+    "hessian",
+    "random",
+]
 Shapes = Literal["stock", "uniform", "per_layer"]
-Repair = Literal["least_squares", "bias", "none"]
+Repair = Literal["least_squares", "rescale", "bias", "none"]
 UNIT_CHOICES = ("heads", "kv_groups", "neurons")
 
 
@@ -65,7 +77,9 @@ class PruningConfig:
     )
     repair: Repair = field(
         default="least_squares",
-        metadata=_help("Correction of the kept weights: least squares, bias only (FLAP), or none."),
+        metadata=_help(
+            "Correction of the kept weights: least squares, one scale a unit (Kwon), bias only (FLAP), or none."
+        ),
     )
     calibration_samples: int = field(default=1024, metadata=_help("Examples drawn from the data, at least 8."))
     calibration_seed: int = field(default=0, metadata=_help("Seed of the draw (and of criterion random)."))
@@ -135,8 +149,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "repair": "none", "shapes": "uniform"},
     # Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1: heads by |gate gradient|
     "michel2019": {"criterion": "taylor", "repair": "none", "shapes": "per_layer", "units": ["heads"]},
-    # Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers": diagonal Fisher, MAC target, rescale
-    "kwon2022": {"criterion": "fisher", "repair": "least_squares", "shapes": "per_layer"},
+    # Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers": diagonal Fisher for a MAC target,
+    # block-diagonal rearrangement, one scale per head and neuron tuned by least squares
+    "kwon2022": {"criterion": "fisher_block", "repair": "rescale", "shapes": "per_layer"},
+    # Park et al. 2024, "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models" (K-prune)
+    "kprune": {"criterion": "kprune", "repair": "least_squares", "shapes": "per_layer"},
     # An et al. 2024 (FLAP) section 4 calls the structured form of Wanda (Sun et al. 2023) Wanda-sp
     "wanda-sp": {"criterion": "activation", "repair": "none", "shapes": "uniform"},
     # An et al. 2024, "Fluctuation-based Adaptive Structured Pruning": WIFV score, bias compensation

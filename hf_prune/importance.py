@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+REPRESENTATION = 2.5e-4  # weight of representational knowledge in K-prune, as its authors run it
 
 
 @dataclass
@@ -25,6 +28,7 @@ class SiteStatistics:
     weight_square: torch.Tensor  # sum of squares of all weights that a unit takes with it, [U]
     gate_square: torch.Tensor | None = None  # mean over examples of the squared gate gradient, [U]
     gate_abs: torch.Tensor | None = None  # mean over examples of its absolute value, [U]
+    gate: torch.Tensor | None = None  # the gate gradients themselves, [B, U]
     mean: torch.Tensor | None = None  # of the consumer's inputs over tokens, [K]
     square: torch.Tensor | None = None  # mean square of them, [K]
     gram: torch.Tensor | None = None  # X^T X / n, [K, K]
@@ -38,6 +42,26 @@ class SiteStatistics:
 def fisher(s: SiteStatistics) -> torch.Tensor:
     """Diagonal Fisher information of the gates: E[g²] (Kwon et al. 2022, section 3.3)."""
     return _given(s.gate_square)
+
+
+def fisher_obs(s: SiteStatistics) -> torch.Tensor:
+    """Units in the order of Fisher x OBS error, both normalised over the site, with the site's Fisher as their sum.
+
+    The gradients know what matters to the loss, the OBS error what the other units cannot take over in the repair.
+    """
+    by_loss, by_error = _given(s.gate_square), hessian(s)
+    product = by_loss * by_error
+    return product * (by_loss.sum() / product.sum().clamp_min(1e-30))
+
+
+def kprune(s: SiteStatistics) -> torch.Tensor:
+    """Predictive and representational knowledge, E[g²]/2 + λ·E‖x‖²·mean(W²) (K-prune, Park et al. 2024, section 3.2).
+
+    K-prune scores again before each sublayer, with the KL divergence from the dense model. In one pass at the dense
+    model that gradient is zero: the Fisher of labels drawn from the model, its second-order term, stands in.
+    """
+    representation = s.per_unit(_given(s.square) * s.weight.square().mean(0))
+    return _given(s.gate_square) / 2 + REPRESENTATION * representation
 
 
 def taylor(s: SiteStatistics) -> torch.Tensor:
@@ -83,25 +107,39 @@ def random(s: SiteStatistics) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Criterion:
-    """`needs`: "gradients", "moments" (mean and square), "gram" or None. `comparable`: scores of different sites and
-    kinds measure the same thing; otherwise they are normalised per site before kinds are weighed against each other."""
+    """A row of `CRITERIA`.
+
+    `needs`: "gradients" (their mean square and mean absolute value), "examples" (each example's own), "moments" (mean
+    and square of the inputs), "gram". `across` says how scores of different sites and kinds are made comparable: "as
+    they are", divided by the site's "sum", or "standard": zero mean and unit variance over the site. `labels`: those
+    of the "data", or drawn from the "model" (then E[gg'] is the curvature of the KL divergence from the dense model).
+    """
 
     name: str
     score: Callable[[SiteStatistics], torch.Tensor]
-    needs: str | None
-    comparable: bool
+    needs: tuple[str, ...] = ()
+    across: Literal["as they are", "sum", "standard"] = "sum"
+    labels: Literal["data", "model"] = "data"
+
+    @property
+    def needs_loss(self) -> bool:
+        return "gradients" in self.needs
 
 
 CRITERIA: dict[str, Criterion] = {
     row.name: row
     for row in (
-        Criterion("fisher", fisher, "gradients", comparable=True),
-        Criterion("taylor", taylor, "gradients", comparable=True),
-        Criterion("magnitude", magnitude, None, comparable=False),
-        Criterion("activation", activation, "moments", comparable=False),
-        Criterion("fluctuation", fluctuation, "moments", comparable=False),
-        Criterion("hessian", hessian, "gram", comparable=False),
-        Criterion("random", random, None, comparable=False),
+        Criterion("fisher", fisher, ("gradients",), "as they are"),
+        Criterion("fisher_model", fisher, ("gradients",), "as they are", "model"),
+        Criterion("fisher_block", fisher, ("gradients", "examples"), "as they are"),
+        Criterion("fisher_obs", fisher_obs, ("gradients", "gram"), "as they are"),
+        Criterion("kprune", kprune, ("gradients", "moments"), "as they are", "model"),
+        Criterion("taylor", taylor, ("gradients",), "as they are"),
+        Criterion("magnitude", magnitude),
+        Criterion("activation", activation, ("moments",)),
+        Criterion("fluctuation", fluctuation, ("moments",), "standard"),
+        Criterion("hessian", hessian, ("gram",)),
+        Criterion("random", random),
     )
 }
 

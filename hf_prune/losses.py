@@ -5,7 +5,9 @@ Shapes: B examples, T tokens, V classes or vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,18 +47,60 @@ def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.T
         start = _cross_entropy(_real(output.start_logits, batch), targets["start_positions"])
         end = _cross_entropy(_real(output.end_logits, batch), targets["end_positions"])
         return (start + end) / 2
-    logits, labels = getattr(output, "logits", None), targets.get("labels")
-    if logits is None or (labels is None and not _is_causal_lm(model)):
+    logits, labels = getattr(output, "logits", None), _labels(model, batch)
+    if logits is None or labels is None:
         raise ValueError(f"{type(model).__name__} with targets {sorted(targets)} gives no loss to score with.")
-    if labels is None:
-        labels = batch.inputs["input_ids"]
-        if "attention_mask" in batch.inputs:
-            labels = labels.masked_fill(batch.inputs["attention_mask"] == 0, IGNORE)
     if _is_causal_lm(model):
         return _cross_entropy(logits[:, :-1], labels[:, 1:])
     if logits.dim() == 3:
         return _cross_entropy(logits, labels)
     return _sequence_loss(model, logits.float(), labels)
+
+
+def with_drawn_labels(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with labels drawn from what the model predicts, at the tokens that are labelled.
+
+    The gradients of their loss have the Fisher information as second moment: the curvature of the KL divergence from
+    the model itself.
+    """
+    if "start_positions" in batch.targets and hasattr(output, "start_logits"):
+        logits = {"start_positions": output.start_logits, "end_positions": output.end_logits}
+        return replace(batch, targets={key: _draw(_real(value, batch), generator) for key, value in logits.items()})
+    logits, labels = output.logits.detach(), _labels(model, batch)
+    if labels is None:
+        raise ValueError(f"{type(model).__name__} with targets {sorted(batch.targets)} gives no loss to score with.")
+    if _is_causal_lm(model):
+        following = torch.cat([labels[:, :1], _draw(logits[:, :-1], generator)], 1)
+        return replace(batch, targets={"labels": following.masked_fill(labels == IGNORE, IGNORE)})
+    if logits.dim() == 3:
+        return replace(batch, targets={"labels": _draw(logits, generator).masked_fill(labels == IGNORE, IGNORE)})
+    problem = _problem(model, logits, labels)
+    if problem == "regression":
+        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        drawn = (logits.float() + noise * math.sqrt(0.5)).view(
+            labels.shape
+        )  # exp(-(y - f)²) is the squared error's likelihood
+    elif problem == "multi_label_classification":
+        drawn = (torch.rand(logits.shape, generator=generator).to(logits.device) < logits.float().sigmoid()).float()
+    else:
+        drawn = _draw(logits, generator).view(labels.shape)
+    return replace(batch, targets={"labels": drawn})
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One class for each row of logits [B, ..., V] -> [B, ...]; one example at a time, a vocabulary is wide."""
+    rows = (example.detach().float().softmax(-1).cpu().reshape(-1, logits.shape[-1]) for example in logits)
+    drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row in rows])
+    return drawn.view(logits.shape[:-1]).to(logits.device)
+
+
+def _labels(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
+    """The labels; those of a causal LM are its inputs where none are given."""
+    labels = batch.targets.get("labels")
+    if labels is not None or not _is_causal_lm(model):
+        return labels
+    ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORE)
 
 
 def _real(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -74,13 +118,16 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum(1) / (labels.view(len(labels), -1) != IGNORE).sum(1).clamp_min(1)
 
 
+def _problem(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor) -> str:
+    if model.config.problem_type is not None:
+        return model.config.problem_type
+    if logits.shape[-1] == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
 def _sequence_loss(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    problem = model.config.problem_type
-    if problem is None:
-        if logits.shape[-1] == 1:
-            problem = "regression"
-        else:
-            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    problem = _problem(model, logits, labels)
     if problem == "regression":
         return (logits - labels.float().view_as(logits)).square().mean(1)
     if problem == "multi_label_classification":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ class Analysis:
     scores: dict[SiteKey, torch.Tensor]
     align: int
     seconds: float
+    gates: dict[SiteKey, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
 
     def plan(self, keep: float | None = None) -> PruningPlan:
         """The plan for a `keep` (default: the config's).
@@ -73,8 +74,8 @@ class Analysis:
             ValueError: not reachable with these units and shapes.
         """
         config = self.config if keep is None else replace(self.config, keep=keep)
-        comparable = CRITERIA[str(config.criterion)].comparable
-        return allocate(self.anatomy, self.scores, config, self.align, comparable)
+        across = CRITERIA[str(config.criterion)].across
+        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates)
 
 
 def analyze(
@@ -101,10 +102,12 @@ def analyze(
     config = replace(config, criterion=_criterion(model, batches, config))
     criterion = CRITERIA[str(config.criterion)]
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
-    scores = {}
+    scores, gates = {}, {}
     for site, found in statistics(model, anatomy.sites, sizes, batches, criterion, config.calibration_seed):
         scores[site.key] = _score(site, criterion, found, model.dtype)
-    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started)
+        if found.gate is not None:
+            gates[site.key] = found.gate
+    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started, gates)
 
 
 def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -209,7 +212,7 @@ def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: Pruning
     loss = has_loss(model, batches)
     if config.criterion is None:
         return "fisher" if loss else "hessian"
-    if CRITERIA[config.criterion].needs == "gradients" and not loss:
+    if CRITERIA[config.criterion].needs_loss and not loss:
         raise ValueError(
             f"criterion={config.criterion!r} needs a loss, and {type(model).__name__} with targets "
             f"{sorted(batches[0].targets)} has none. Give labels and a model with a head, or use criterion='hessian' "

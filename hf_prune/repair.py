@@ -101,6 +101,30 @@ def refit(
     return best
 
 
+def rescale(weight: torch.Tensor, calibration: Moments, held_out: Moments, columns_a_unit: int) -> Refit:
+    """One scale per kept unit: least squares over s in Σ_u s_u·X_u W_uᵀ ≈ own + r, if held-out error falls.
+
+    Kwon et al. 2022, section 3.4 (mask tuning): damped towards 1, and refused where a scale leaves [-10, 10].
+    """
+    before = held_out.error(weight)
+    columns = weight.shape[1] - calibration.has_bias
+    matrix = weight[:, :columns].double()
+    products = (matrix.T @ matrix) * calibration.gram[:columns, :columns].double()  # [S, S]
+    wanted = (calibration.own + calibration.residual)[:, :columns].double()
+    if calibration.has_bias:
+        wanted -= weight[:, -1:].double() @ calibration.gram[-1:, :columns].double()
+    units = columns // columns_a_unit
+    gram = products.view(units, columns_a_unit, units, columns_a_unit).sum((1, 3))
+    damping = gram.diagonal().mean().clamp_min(1e-12) * RIDGES[0]
+    target = (wanted * matrix).sum(0).view(units, -1).sum(1) + damping
+    scale = torch.linalg.solve(gram + damping * torch.eye(units, dtype=gram.dtype, device=gram.device), target)
+    scaled = weight.double().clone()
+    scaled[:, :columns] = matrix * scale.repeat_interleave(columns_a_unit)
+    after = held_out.error(scaled)
+    accepted = after < before and bool(scale.abs().max() <= 10)
+    return Refit(scaled if accepted else weight, None, None, before, after if accepted else before)
+
+
 def shift_bias(weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
     """Bias compensation only: b' = b + W_P·mean(X_P) (FLAP, An et al. 2024, eq. 7), if held-out error falls."""
     before = held_out.error(weight)

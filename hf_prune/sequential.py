@@ -23,17 +23,9 @@ from . import layerwise
 from .calibrate import rows_of
 from .layerwise import OUTPUT, Stream
 from .plan import PruningPlan, SitePlan
-from .repair import BLENDS, TOKENS_A_COLUMN, ChannelSums, Moments, Refit, refit, refit_channels, shift_bias
+from .repair import BLENDS, TOKENS_A_COLUMN, ChannelSums, Moments, Refit, refit, refit_channels, rescale, shift_bias
 from .sites import Site, input_axis
 from .surgery import cut_, kept_columns
-
-
-@dataclass
-class Targets:
-    """What the dense stream is around one sublayer, per batch: [B, T, D]."""
-
-    summed: list[torch.Tensor] = field(default_factory=list)  # stream before + the sublayer's contribution
-    after: list[torch.Tensor] = field(default_factory=list)  # the same behind a post-LN norm
 
 
 @dataclass
@@ -44,12 +36,13 @@ class StackRepair:
     """
 
     plan: PruningPlan
-    method: str  # "least_squares" or "bias"
+    method: str  # "least_squares", "rescale" or "bias"
     dense: Stream
     pruned: Stream
     masks: Sequence[torch.Tensor | None]
     held_out: Sequence[torch.Tensor]
     norm_offset: float = 0.0
+    _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
 
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
         """Cut and repair all layers in place; one report per cut site."""
@@ -57,18 +50,18 @@ class StackRepair:
         progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
         for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
             targets = self._advance_dense(index, layer, here)
+            self._advanced = False
             for position, site in enumerate(here):
                 wanted = targets.pop(site.kind)  # as large as a stream: let go when done
-                outputs: list[torch.Tensor] = []  # of its refitted norm; if that ends the layer, it need not run again
                 if not self.plan[site.key].is_identity:
-                    report, outputs = self._site_(index, layer, here[: position + 1], wanted)
-                    reports.append(report)
-            ends_layer = here[-1].row.norm_place == "after"
-            self.pruned.states = outputs if outputs and ends_layer else self._advance_pruned(index, layer)
+                    reports.append(self._site_(index, layer, here[: position + 1], wanted, site is here[-1]))
+            if not self._advanced:
+                self._advance_pruned(index, layer)
         return reports
 
-    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> dict[str, Targets]:
-        targets = {site.kind: Targets() for site in sites}
+    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> dict[str, list[torch.Tensor]]:
+        """Run the dense layer; per batch, what the stream is behind each sublayer (post-LN: before its norm)."""
+        targets: dict[str, list[torch.Tensor]] = {site.kind: [] for site in sites}
         wanted = [path for site in sites for path in {site.row.consumer, _end(site)}]
         for batch, state in enumerate(self.dense.states):
             seen = layerwise.run(layer, state, self.dense.kwargs[index][batch], outputs_of=wanted)
@@ -77,22 +70,18 @@ class StackRepair:
                     part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
                     summed = state + seen[part].view_as(state)
                     state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
-                    targets[site.kind].summed.append(summed)
-                    targets[site.kind].after.append(state)
+                    targets[site.kind].append(summed)
             self.dense.states[batch] = seen[OUTPUT]
         return targets
 
-    def _advance_pruned(self, index: int, layer: nn.Module) -> list[torch.Tensor]:
-        pairs = zip(self.pruned.states, self.pruned.kwargs[index], strict=True)
-        return [layerwise.run(layer, state, arguments)[OUTPUT] for state, arguments in pairs]
+    def _advance_pruned(self, index: int, layer: nn.Module) -> None:
+        for batch, state in enumerate(self.pruned.states):
+            self.pruned.states[batch] = layerwise.run(layer, state, self.pruned.kwargs[index][batch])[OUTPUT]
 
     def _site_(
-        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets
-    ) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Cut and repair the last of the sublayers `upto`; those before it are done.
-
-        Returns the report, and the outputs of its refitted norm where it has one.
-        """
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
+    ) -> dict[str, Any]:
+        """Cut and repair the last of the sublayers `upto`; those before it are done."""
         site = upto[-1]
         planned = self.plan[site.key]
         consumer = layer.get_submodule(site.row.consumer)
@@ -109,10 +98,9 @@ class StackRepair:
             "ridge": result.ridge,
             "blend": result.blend,
         }
-        outputs: list[torch.Tensor] = []
         if self.method == "least_squares" and site.row.norm_place and calibration.tokens:
-            report["norm_refitted"], outputs = self._norm_(index, layer, upto, targets)
-        return report, outputs
+            report["norm_refitted"] = self._norm_(index, layer, upto, targets, is_last)
+        return report
 
     def _before(self, state: torch.Tensor, seen: Mapping[str, torch.Tensor], done: Sequence[Site]) -> torch.Tensor:
         """The pruned stream in front of a sublayer, from what the finished sublayers gave."""
@@ -122,7 +110,7 @@ class StackRepair:
         return state
 
     def _moments(
-        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets, dense: torch.Tensor
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], dense: torch.Tensor
     ) -> tuple[Moments, Moments]:
         *done, site = upto
         kept = kept_columns(site, self.plan[site.key].unit, self.plan[site.key].kept).to(dense.device)
@@ -137,7 +125,7 @@ class StackRepair:
             seen = layerwise.run(layer, state, arguments, inputs_of=[path], outputs_of=ends, stop_at=path)
             if path not in seen:
                 continue
-            wanted = targets.summed[batch] - self._before(state, seen, done)
+            wanted = targets[batch] - self._before(state, seen, done)
             for moments, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
                 x = rows_of(seen[path], self.masks[batch], examples)
                 own = functional.linear(x, weight, bias)
@@ -151,6 +139,8 @@ class StackRepair:
     def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
         if self.method == "bias":
             return shift_bias(weight, calibration, held_out)
+        if self.method == "rescale":
+            return rescale(weight, calibration, held_out, site.columns // self.plan[site.key].of)
         if 0 < calibration.tokens < TOKENS_A_COLUMN * weight.shape[1]:
             warnings.warn(
                 f"{calibration.tokens} calibration tokens to refit {weight.shape[1]} columns (at least "
@@ -169,37 +159,40 @@ class StackRepair:
                 self.pruned.kwargs[index][batch] = {**arguments, name: arguments[name].index_select(1, heads)}
 
     def _norm_(
-        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets
-    ) -> tuple[bool, list[torch.Tensor]]:
-        """Refit scale (and shift) of the norm behind the last of the sublayers `upto`.
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
+    ) -> bool:
+        """Refit scale (and shift) of the norm behind the last of the sublayers `upto`, if held-out error falls.
 
-        Returns whether that was accepted, and what the norm now gives.
+        Where that norm ends the layer, the pruned stream has then been through it.
         """
         *done, site = upto
         norm: Any = layer.get_submodule(_end(site))
         has_shift = getattr(norm, "bias", None) is not None
         calibration, held_out = (ChannelSums(len(norm.weight), norm.weight.device) for _ in ("calibration", "held out"))
-        outputs = []
+        self._advanced = is_last and site.row.norm_place == "after"
         for batch, state in enumerate(self.pruned.states):
             arguments = self.pruned.kwargs[index][batch]
             ends = [_end(other) for other in upto]
             seen = layerwise.run(layer, state, arguments, outputs_of=ends, stop_at=_end(site))
-            outputs.append(seen[_end(site)].view_as(state))
-            wanted = targets.after[batch]
+            output = seen[_end(site)].view_as(state)
             if site.row.norm_place == "inside":
-                wanted = wanted - self._before(state, seen, done)
+                wanted = targets[batch] - self._before(state, seen, done)
+            else:
+                wanted = norm(targets[batch])  # what it gives in the dense stream
             for total, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
-                total.add(*(rows_of(value, self.masks[batch], examples) for value in (outputs[-1], wanted)))
+                total.add(*(rows_of(value, self.masks[batch], examples) for value in (output, wanted)))
+            if self._advanced:
+                self.pruned.states[batch] = output
         fitted = refit_channels(calibration, held_out, has_shift)
         if fitted is None:
-            return False, outputs
+            return False
         scale, shift = fitted
         norm.weight.copy_(scale * (norm.weight + self.norm_offset) - self.norm_offset)
         if has_shift:
             norm.bias.copy_(scale * norm.bias + shift)
-        for batch, output in enumerate(outputs):  # one at a time: these are as large as a stream
-            outputs[batch] = (output * scale + shift).to(output.dtype)
-        return True, outputs
+        for batch, output in enumerate(self.pruned.states if self._advanced else ()):
+            self.pruned.states[batch] = (output * scale + shift).to(output.dtype)
+        return True
 
 
 def _end(site: Site) -> str:

@@ -10,7 +10,18 @@ import torch
 from tiny import FAMILY_NAMES, tiny, tiny_batch, tiny_model, within_reach
 
 from hf_prune import PruningConfig, describe
-from hf_prune.allocate import Ranking, Table, _knapsack, allocate, choose_units, default_align, reachable, unit_of
+from hf_prune.allocate import (
+    Ranking,
+    Table,
+    _comparable,
+    _knapsack,
+    allocate,
+    choose_units,
+    default_align,
+    reachable,
+    rearranged,
+    unit_of,
+)
 from hf_prune.costs import cost_model, dense_counts, planned_counts
 from hf_prune.oneshot import analyze
 
@@ -176,7 +187,7 @@ def test_scores_of_incomparable_criteria_are_normalised_per_site():
     scores = random_scores(anatomy, config)
     first = anatomy.sites[0].key
     plans = [
-        allocate(anatomy, {**scores, first: scores[first] * factor}, config, align=4, comparable=False)
+        allocate(anatomy, {**scores, first: scores[first] * factor}, config, align=4, across="sum")
         for factor in (1, 1000)
     ]
     assert plans[0].hash == plans[1].hash
@@ -200,3 +211,37 @@ def test_several_keeps_from_one_pass():
     kept = [analysis.plan(keep).cost["keep"] for keep in (0.9, 0.7, 0.5)]
     assert [k <= keep for k, keep in zip(kept, (0.9, 0.7, 0.5), strict=True)] == [True] * 3
     assert kept == sorted(kept, reverse=True)
+
+
+def removed_together(gates, kept):
+    """Block-diagonal Fisher of removing all units but `kept`: mean over examples of the squared sum of gradients."""
+    removed = [unit for unit in range(gates.shape[1]) if unit not in kept]
+    return float((gates[:, removed].sum(1) ** 2).mean())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rearrangement_lowers_what_the_units_lose_together(seed):
+    rng = np.random.default_rng(seed)
+    gates = rng.normal(size=(40, 8)) @ rng.normal(size=(8, 8))  # correlated
+    alone = tuple(sorted(np.argsort(-(gates**2).sum(0), kind="stable")[:5].tolist()))
+    together = rearranged(gates, 5)
+    assert len(together) == 5
+    best = min(removed_together(gates, kept) for kept in itertools.combinations(range(8), 5))
+    assert best <= removed_together(gates, together) <= removed_together(gates, alone)
+
+
+def test_rearrangement_removes_units_that_cancel_out():
+    """Two units whose gradients cancel cost nothing together, whatever each costs alone."""
+    g = np.random.default_rng(0).normal(size=50)
+    gates = np.stack([5 * g, -5 * g, np.roll(g, 1)], 1)
+    assert rearranged(gates, 1) == (2,)
+
+
+def test_standard_scores_have_equal_spread_and_none_is_negative():
+    g = torch.Generator().manual_seed(0)
+    scores = {("encoder", i, "ffn"): torch.rand(20, generator=g) * 10**i + i for i in range(3)}
+    found = _comparable(scores, "standard")
+    assert min(value.min() for value in found.values()) == 0
+    assert all(value.std() == pytest.approx(1) for value in found.values())
+    for key, value in found.items():
+        assert value.argsort().tolist() == scores[key].argsort().tolist()

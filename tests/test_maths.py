@@ -11,8 +11,20 @@ from torch.nn import functional
 from hf_prune import describe
 from hf_prune.batches import draw, even_positions
 from hf_prune.calibrate import Sums, rows_of, statistics
-from hf_prune.importance import CRITERIA, SiteStatistics, activation, fluctuation, hessian, magnitude, random
-from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, shift_bias, solve
+from hf_prune.importance import (
+    CRITERIA,
+    REPRESENTATION,
+    SiteStatistics,
+    activation,
+    fisher_obs,
+    fluctuation,
+    hessian,
+    kprune,
+    magnitude,
+    random,
+)
+from hf_prune.losses import _draw
+from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, rescale, shift_bias, solve
 from hf_prune.sequential import matrix_of, set_matrix_
 from hf_prune.sites import consumer
 
@@ -150,6 +162,33 @@ def test_shift_bias_adds_the_mean_of_what_was_cut():
     assert result.accepted
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rescale_is_least_squares_over_one_scale_a_unit(has_bias):
+    """Seven units of one column; the fixed part of the output (the bias) is no unit."""
+    layer = Layer(tokens=2000, has_bias=has_bias)
+    weight, x = layer.start[:, :S].double(), layer.x[:, layer.kept].double()
+    parts = torch.stack([x[:, [u]] * weight[:, u] for u in range(S)], -1)  # [n, D, S]: what each unit gives
+    target = (layer.own + layer.residual).double() - (layer.bias.double() if has_bias else 0)
+    expected = torch.linalg.lstsq(parts.flatten(0, 1), target.flatten()[:, None]).solution[:, 0]
+    result = rescale(layer.start, layer.moments, layer.moments, columns_a_unit=1)
+    assert result.accepted == bool(expected.abs().max() <= 10)
+    if result.accepted:
+        torch.testing.assert_close(result.weight[:, :S], weight * expected, rtol=0.05, atol=0.05)
+        assert torch.equal(result.weight[:, S:].float(), layer.start[:, S:])
+
+
+def test_rescale_gives_all_columns_of_a_unit_one_scale():
+    layer = Layer(tokens=2000, has_bias=False)
+    layer.kept = [0, 1, 2, 6, 7, 8, 9]
+    moments = Moments(D, 6, False, torch.device("cpu"))
+    moments.add(layer.x[:, layer.kept[:6]], layer.own, layer.residual)
+    start = layer.weight[:, layer.kept[:6]]
+    result = rescale(start, moments, moments, columns_a_unit=3)
+    ratio = (result.weight / start).float()
+    torch.testing.assert_close(ratio, ratio[:1, ::3].repeat_interleave(3, 1).expand(D, -1), rtol=1e-4, atol=1e-4)
+    assert result.accepted
+
+
 @pytest.mark.parametrize("with_shift", [True, False])
 def test_refit_channels_is_one_regression_a_channel(with_shift):
     rng = np.random.default_rng(0)
@@ -212,6 +251,23 @@ def test_activation_fluctuation_and_magnitude_by_hand():
     flap = (x.var(0, unbiased=False) * weight.square().sum(0)).view(3, 2).sum(1)
     torch.testing.assert_close(fluctuation(s), flap, rtol=1e-4, atol=1e-5)
     assert magnitude(s).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_combined_criteria_by_hand():
+    g = torch.Generator().manual_seed(0)
+    x, weight, gate = torch.randn(300, 6, generator=g), torch.randn(4, 6, generator=g), torch.rand(3, generator=g)
+    s = SiteStatistics(3, weight, torch.ones(3), gate_square=gate, square=x.square().mean(0), gram=x.T @ x / 300)
+    outputs = (x.square()[:, None] * weight.square()).mean((0, 1)).view(3, 2).sum(1)  # mean over tokens and outputs
+    torch.testing.assert_close(kprune(s), gate / 2 + REPRESENTATION * outputs)
+    product = gate * hessian(s)
+    torch.testing.assert_close(fisher_obs(s), product / product.sum() * gate.sum())
+
+
+def test_labels_are_drawn_as_the_model_predicts():
+    logits = torch.tensor([[0.0, 1.0, -1.0], [3.0, 0.0, 0.0]])
+    drawn = _draw(logits[:, None].expand(2, 20_000, 3), torch.Generator().manual_seed(0))
+    frequency = torch.nn.functional.one_hot(drawn, 3).float().mean(1)
+    torch.testing.assert_close(frequency, logits.softmax(-1), rtol=0, atol=0.015)
 
 
 def test_random_is_the_same_for_the_same_seed():

@@ -321,12 +321,12 @@ def assert_same_scores(a, b):
         assert ((a[key] - b[key]).abs().max() / scale).item() <= 1e-3, key
 
 
-CRITERIA_ON_DATA = ["fisher", "taylor", "activation", "fluctuation", "hessian"]
+CRITERIA_ON_DATA = ["fisher", "fisher_block", "fisher_obs", "taylor", "activation", "fluctuation", "hessian"]
 
 
 def usable(class_name):
     """Criteria that this class can be scored with: T5EncoderModel has no head."""
-    return [c for c in CRITERIA_ON_DATA if class_name != "T5EncoderModel" or CRITERIA[c].needs != "gradients"]
+    return [c for c in CRITERIA_ON_DATA if class_name != "T5EncoderModel" or not CRITERIA[c].needs_loss]
 
 
 def test_scores_do_not_depend_on_batch_size_or_order(class_name):

@@ -18,7 +18,12 @@ from ..oneshot import Analysis
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REPAIR_PASSES = {"least_squares": 6.0, "bias": 4.0, "none": 0.0}  # forward passes over the calibration data, measured
+REPAIR_PASSES = {
+    "least_squares": 6.0,
+    "rescale": 5.0,
+    "bias": 4.0,
+    "none": 0.0,
+}  # forward passes over the calibration data, measured
 STATES = 5  # tensors [B, T, D] per example besides the dense stream: the pruned stream, and a layer's targets
 SAVED_HIDDEN, SAVED_WIDE = 12, 6  # activations of one layer kept for a backward pass: [B, T, D] and [B, T, K]
 GRAMS = 4  # matrices [K, K] in fp32: calibration, held-out, and a solve's workspace
@@ -57,7 +62,7 @@ def _tokens(analysis: Analysis, index: int) -> int:
 
 
 def _scoring_bytes(model: PreTrainedModel, analysis: Analysis, tokens: int, widest: int) -> float:
-    if CRITERIA[str(analysis.config.criterion)].needs != "gradients":
+    if not CRITERIA[str(analysis.config.criterion)].needs_loss:
         return 0
     layers = len({site.path for site in analysis.anatomy.sites})
     hidden = layers * (SAVED_HIDDEN * analysis.anatomy.hidden_size + SAVED_WIDE * widest) * model.dtype.itemsize
