@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 IGNORE = -100
 TARGETS = ("labels", "start_positions", "end_positions")
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
+GUARD = 2  # the held-out set of examples of another source
+GUARD_SHARE = 4  # examples of another source that also do: at most a quarter of the calibration examples
 
 
 @dataclass
 class Batch:
-    """A few examples: model inputs without targets, the targets, and which examples are held out [B]."""
+    """A few examples: model inputs without targets, the targets, and which held-out set each is in [B], 0 for none."""
 
     inputs: dict[str, torch.Tensor]
     targets: dict[str, torch.Tensor]
@@ -41,19 +43,24 @@ def draw(
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     batch_size: int = 32,
+    guard: Any = None,
 ) -> list[Batch]:
     """At most `samples` examples, drawn evenly over all of `data`, on the model's device.
 
     `data` is a list or iterable of batches (dicts of tensors, first axis B), a DataLoader, or a datasets.Dataset with
-    `processing_class` or `data_collator`. Nothing in it is modified.
+    `processing_class` or `data_collator`. Nothing in it is modified. Every fifth is held out (set 1); all of `guard`,
+    data of another source in one of the same forms, are (set 2), at most a quarter of `samples`.
 
     Raises:
         ValueError: fewer than 8 examples, or data in another form.
     """
-    if _is_dataset(data):
-        batches = _collate(model, data, samples, seed, processing_class, data_collator, batch_size)
-    else:
-        batches = _pick_rows([_checked(batch) for batch in _iterate(data)], samples, seed)
+
+    def rows(source: Any, count: int) -> list[dict[str, torch.Tensor]]:
+        if _is_dataset(source):
+            return _collate(model, source, count, seed, processing_class, data_collator, batch_size)
+        return _pick_rows([_checked(batch) for batch in _iterate(source)], count, seed)
+
+    batches = rows(data, samples)
     total = sum(len(next(iter(batch.values()))) for batch in batches)
     if total < 8:
         raise ValueError(f"{total} calibration examples: at least 8 are needed (hundreds are better).")
@@ -61,8 +68,11 @@ def draw(
     for batch in batches:
         size = len(next(iter(batch.values())))
         held_out = (torch.arange(position, position + size) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-        drawn.append(prepare(model, batch, held_out))
+        drawn.append(prepare(model, batch, held_out.to(torch.int8)))
         position += size
+    for batch in [] if guard is None else rows(guard, max(samples // GUARD_SHARE, 1)):
+        size = len(next(iter(batch.values())))
+        drawn.append(prepare(model, batch, torch.full((size,), GUARD, dtype=torch.int8)))
     return drawn
 
 

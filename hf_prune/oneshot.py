@@ -19,7 +19,7 @@ from torch import nn
 from . import layerwise
 from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of
 from .anatomy import Anatomy, describe, quiet
-from .batches import Batch, draw, forward_inputs, token_mask
+from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import statistics
 from .config import PruningConfig
 from .importance import CRITERIA, Criterion, SiteStatistics
@@ -85,6 +85,7 @@ def analyze(
     *,
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    guard: Any = None,
 ) -> Analysis:
     """Score every unit of a model on calibration data; nothing is changed.
 
@@ -98,16 +99,22 @@ def analyze(
     units = choose_units(anatomy, config)
     _check_repair(anatomy, config)
     _check_reachable(anatomy, config, align)
-    batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
+    batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=_criterion(model, batches, config))
     criterion = CRITERIA[str(config.criterion)]
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
     scores, gates = {}, {}
-    for site, found in statistics(model, anatomy.sites, sizes, batches, criterion, config.calibration_seed):
+    scored = [batch for batch in batches if (batch.held_out < GUARD).all()]
+    for site, found in statistics(model, anatomy.sites, sizes, scored, criterion, config.calibration_seed):
         scores[site.key] = _score(site, criterion, found, model.dtype)
         if found.gate is not None:
             gates[site.key] = found.gate
     return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started, gates)
+
+
+def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, data_collator: Any, guard: Any) -> Any:
+    samples, seed = config.calibration_samples, config.calibration_seed
+    return draw(model, data, samples, seed, processing_class, data_collator, guard=guard)
 
 
 def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -130,6 +137,7 @@ def prune(
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     plan: PruningPlan | None = None,
+    guard: Any = None,
 ) -> PruneResult:
     """Make a model smaller in place: score, decide, cut and repair; its config then says the new sizes.
 
@@ -138,6 +146,8 @@ def prune(
             with `processing_class` or `data_collator`.
         plan: replay this plan instead of deciding one (it is checked against the model; no scoring pass); `config`
             defaults to the one that it was made with.
+        guard: data of another source than `data`, in the same forms: a repair is refused where it makes the error on
+            them larger. Nothing is scored or fitted on them. For language models, text unlike the calibration text.
 
     Raises:
         ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
@@ -145,13 +155,15 @@ def prune(
             model. All before anything is changed.
     """
     if plan is None:
-        analysis = analyze(model, data, config, processing_class=processing_class, data_collator=data_collator)
+        analysis = analyze(
+            model, data, config, processing_class=processing_class, data_collator=data_collator, guard=guard
+        )
         return apply(model, analysis)
     config = config or PruningConfig.from_dict(plan.config)
     anatomy = describe(model)
     _check_plan(anatomy, plan)
     _check_repair(anatomy, config)
-    batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
+    batches = _draw(model, data, config, processing_class, data_collator, guard)
     return apply(model, Analysis(anatomy, config, batches, {}, config.align or 1, 0.0), plan)
 
 

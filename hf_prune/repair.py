@@ -11,7 +11,7 @@ Kwon et al. 2022, section 3.4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ import torch
 RIDGES = (0.001, 0.01, 0.1, 1.0)  # relative to the mean diagonal of AᵀA
 BLENDS = (0.0, 0.5, 1.0)  # 0 own target, 1 residual target
 TOKENS_A_COLUMN = 10  # fewer calibration tokens per refitted column raise the ridge
+Candidate = tuple[torch.Tensor, float | None, float | None]  # weight [D, S], ridge, blend
 
 
 class Moments:
@@ -51,7 +52,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Refit:
-    """What became of one consumer. Errors are mean squares per token on held-out rows against the residual target."""
+    """What became of one consumer. Errors are mean squares per token against the residual target, on the held-out rows
+    of the calibration data."""
 
     weight: torch.Tensor  # [D, S], with the bias as last column where there is one
     ridge: float | None
@@ -62,6 +64,25 @@ class Refit:
     @property
     def accepted(self) -> bool:
         return self.error_after < self.error_before
+
+
+def best_of(weight: torch.Tensor, candidates: Iterable[Candidate], held_out: Sequence[Moments]) -> Refit:
+    """The candidate of least held-out error; the plain cut `weight` [D, S] where none lowers it.
+
+    Args:
+        held_out: sets of rows, first those of the calibration data; empty ones do not count. A candidate must be
+            better on every set, and the best has the least sum of errors relative to the plain cut's.
+    """
+    sets = [moments for moments in held_out if moments.tokens]
+    before = [max(moments.error(weight), 1e-30) for moments in sets]
+    first = before[0] if sets else 0.0
+    best, least = Refit(weight, None, None, first, first), float(len(sets))
+    for candidate, ridge, blend in candidates if sets else ():
+        errors = [moments.error(candidate) for moments in sets]
+        ratios = [error / plain for error, plain in zip(errors, before, strict=True)]
+        if max(ratios) < 1 and sum(ratios) < least:
+            best, least = Refit(candidate, ridge, blend, first, errors[0]), sum(ratios)
+    return best
 
 
 def solve(weight: torch.Tensor, moments: Moments, ridge: float, blends: Sequence[float]) -> list[torch.Tensor]:
@@ -85,28 +106,25 @@ def solve(weight: torch.Tensor, moments: Moments, ridge: float, blends: Sequence
 def refit(
     weight: torch.Tensor,
     calibration: Moments,
-    held_out: Moments,
+    held_out: Sequence[Moments],
     blends: Sequence[float] = BLENDS,
     ridges: Sequence[float] = RIDGES,
 ) -> Refit:
     """Least squares with the ridge and blend of least held-out error; the plain cut [D, S] where none is better."""
-    before = held_out.error(weight)
-    best = Refit(weight, None, None, before, before)
     shortage = max(1.0, TOKENS_A_COLUMN * weight.shape[1] / max(calibration.tokens, 1))
-    for ridge in ridges if calibration.tokens and held_out.tokens else ():
-        for blend, candidate in zip(blends, solve(weight, calibration, ridge * shortage, blends), strict=True):
-            error = held_out.error(candidate)
-            if error < best.error_after:
-                best = Refit(candidate, ridge * shortage, blend, before, error)
-    return best
+    candidates = (
+        (candidate, ridge * shortage, blend)
+        for ridge in (ridges if calibration.tokens else ())
+        for blend, candidate in zip(blends, solve(weight, calibration, ridge * shortage, blends), strict=True)
+    )
+    return best_of(weight, candidates, held_out)
 
 
-def rescale(weight: torch.Tensor, calibration: Moments, held_out: Moments, columns_a_unit: int) -> Refit:
+def rescale(weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments], columns_a_unit: int) -> Refit:
     """One scale per kept unit: least squares over s in Σ_u s_u·X_u W_uᵀ ≈ own + r, if held-out error falls.
 
     Kwon et al. 2022, section 3.4 (mask tuning): damped towards 1, and refused where a scale leaves [-10, 10].
     """
-    before = held_out.error(weight)
     columns = weight.shape[1] - calibration.has_bias
     matrix = weight[:, :columns].double()
     products = (matrix.T @ matrix) * calibration.gram[:columns, :columns].double()  # [S, S]
@@ -120,19 +138,15 @@ def rescale(weight: torch.Tensor, calibration: Moments, held_out: Moments, colum
     scale = torch.linalg.solve(gram + damping * torch.eye(units, dtype=gram.dtype, device=gram.device), target)
     scaled = weight.double().clone()
     scaled[:, :columns] = matrix * scale.repeat_interleave(columns_a_unit)
-    after = held_out.error(scaled)
-    accepted = after < before and bool(scale.abs().max() <= 10)
-    return Refit(scaled if accepted else weight, None, None, before, after if accepted else before)
+    return best_of(weight, [(scaled, None, None)] if scale.abs().max() <= 10 else [], held_out)
 
 
-def shift_bias(weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
+def shift_bias(weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments]) -> Refit:
     """Bias compensation only: b' = b + W_P·mean(X_P) (FLAP, An et al. 2024, eq. 7), if held-out error falls."""
-    before = held_out.error(weight)
     missing = calibration.own[:, -1].double() - weight.double() @ calibration.gram[:, -1].double()
     shifted = weight.double().clone()
     shifted[:, -1] += missing / max(calibration.tokens, 1)
-    after = held_out.error(shifted)
-    return Refit(shifted, None, None, before, after) if after < before else Refit(weight, None, None, before, before)
+    return best_of(weight, [(shifted, None, None)], held_out)
 
 
 class ChannelSums:
@@ -156,13 +170,15 @@ class ChannelSums:
 
 
 def refit_channels(
-    calibration: ChannelSums, held_out: ChannelSums, with_shift: bool
+    calibration: ChannelSums, held_out: Sequence[ChannelSums], with_shift: bool
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Scale and shift [D] per channel; None where they do not lower the held-out error."""
+    """Scale and shift [D] per channel; None where they do not lower the error of every held-out set."""
     c, n = calibration, max(calibration.tokens, 1)
     mean_z, mean_y = (c.z / n, c.y / n) if with_shift else (torch.zeros_like(c.z), torch.zeros_like(c.y))
     variance = (c.zz / n - mean_z**2).clamp_min(1e-12)
     scale = (c.zy / n - mean_z * mean_y) / variance
     shift = mean_y - scale * mean_z
-    identity = held_out.error(torch.ones_like(scale), torch.zeros_like(shift))
-    return (scale, shift) if held_out.error(scale, shift) < identity else None
+    identity = torch.ones_like(scale), torch.zeros_like(shift)
+    sets = [sums for sums in held_out if sums.tokens]
+    is_better = bool(sets) and all(sums.error(scale, shift) < sums.error(*identity) for sums in sets)
+    return (scale, shift) if is_better else None

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,12 +27,15 @@ from .repair import BLENDS, TOKENS_A_COLUMN, ChannelSums, Moments, Refit, refit,
 from .sites import Site, input_axis
 from .surgery import cut_, kept_columns
 
+Sums = TypeVar("Sums")
+
 
 @dataclass
 class StackRepair:
     """Both streams of one stack, and which rows count.
 
-    `masks` [B*T] are True at real tokens, `held_out` [B] at examples that only accept or refuse a repair.
+    `masks` [B*T] are True at real tokens; `held_out` [B] is 0 for examples that repairs are fitted to, else the number
+    of the set that the example is in, which chooses among repairs and refuses them.
     """
 
     plan: PruningPlan
@@ -85,7 +88,7 @@ class StackRepair:
         site = upto[-1]
         planned = self.plan[site.key]
         consumer = layer.get_submodule(site.row.consumer)
-        calibration, held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
+        calibration, *held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
         cut_(layer, site, planned.unit, planned.kept)
         self._cut_arguments(index, site, planned)
         result = self._solve(site, matrix_of(consumer), calibration, held_out)
@@ -111,12 +114,11 @@ class StackRepair:
 
     def _moments(
         self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], dense: torch.Tensor
-    ) -> tuple[Moments, Moments]:
+    ) -> list[Moments]:
+        """Of the rows that the repair is fitted to, and of each held-out set."""
         *done, site = upto
         kept = kept_columns(site, self.plan[site.key].unit, self.plan[site.key].kept).to(dense.device)
-        calibration, held_out = (
-            Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in ("calibration", "held out")
-        )
+        sums = [Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in range(self._sets)]
         weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
         path = site.row.consumer
         for batch, state in enumerate(self.pruned.states):
@@ -126,7 +128,7 @@ class StackRepair:
             if path not in seen:
                 continue
             wanted = targets[batch] - self._before(state, seen, done)
-            for moments, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
+            for moments, examples in self._by_set(sums, batch):
                 x = rows_of(seen[path], self.masks[batch], examples)
                 own = functional.linear(x, weight, bias)
                 if site.row.norm_place == "inside":
@@ -134,9 +136,19 @@ class StackRepair:
                 else:
                     residual = rows_of(wanted, self.masks[batch], examples) - own
                 moments.add(x[:, kept], own, residual)
-        return calibration, held_out
+        return sums
 
-    def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Moments) -> Refit:
+    @property
+    def _sets(self) -> int:
+        """How many sets of examples there are: those that repairs are fitted to, and the held-out ones."""
+        return 1 + max(int(held_out.max()) for held_out in self.held_out)
+
+    def _by_set(self, sums: Sequence[Sums], batch: int) -> Iterator[tuple[Sums, torch.Tensor]]:
+        """The sums of each set that has examples in a batch, with a mask of them [B]."""
+        for number in self.held_out[batch].unique().tolist():
+            yield sums[number], self.held_out[batch] == number
+
+    def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments]) -> Refit:
         if self.method == "bias":
             return shift_bias(weight, calibration, held_out)
         if self.method == "rescale":
@@ -168,7 +180,7 @@ class StackRepair:
         *done, site = upto
         norm: Any = layer.get_submodule(_end(site))
         has_shift = getattr(norm, "bias", None) is not None
-        calibration, held_out = (ChannelSums(len(norm.weight), norm.weight.device) for _ in ("calibration", "held out"))
+        sums = [ChannelSums(len(norm.weight), norm.weight.device) for _ in range(self._sets)]
         self._advanced = is_last and site.row.norm_place == "after"
         for batch, state in enumerate(self.pruned.states):
             arguments = self.pruned.kwargs[index][batch]
@@ -179,11 +191,11 @@ class StackRepair:
                 wanted = targets[batch] - self._before(state, seen, done)
             else:
                 wanted = norm(targets[batch])  # what it gives in the dense stream
-            for total, examples in ((calibration, ~self.held_out[batch]), (held_out, self.held_out[batch])):
+            for total, examples in self._by_set(sums, batch):
                 total.add(*(rows_of(value, self.masks[batch], examples) for value in (output, wanted)))
             if self._advanced:
                 self.pruned.states[batch] = output
-        fitted = refit_channels(calibration, held_out, has_shift)
+        fitted = refit_channels(sums[0], sums[1:], has_shift)
         if fitted is None:
             return False
         scale, shift = fitted

@@ -116,7 +116,7 @@ def test_moments_error_is_the_mean_square(has_bias):
 def test_refit_picks_the_best_candidate_on_held_out_rows():
     layer = Layer(tokens=2000)
     held_out = Layer(tokens=2000).moments  # the same rows: the best of the grid is known
-    result = refit(layer.start, layer.moments, held_out)
+    result = refit(layer.start, layer.moments, [held_out])
     grid = [
         held_out.error(candidate)
         for ridge in (0.001, 0.01, 0.1, 1.0)
@@ -133,22 +133,32 @@ def test_refit_refuses_what_does_not_help():
     cut = [c for c in range(K) if c not in layer.kept]
     other.weight, other.bias = layer.weight, layer.bias
     other.x[:, cut], other.residual = 0.0, torch.zeros(N, D)
-    result = refit(layer.start, layer.moments, other.moments)
+    result = refit(layer.start, layer.moments, [other.moments])
     assert not result.accepted
     assert torch.equal(result.weight, layer.start)
     assert result.ridge is None
 
 
+def test_a_refit_must_help_on_every_held_out_set():
+    """A second source where the plain cut is exact refuses what the first would accept."""
+    layer, other = Layer(tokens=2000), Layer(seed=1)
+    cut = [c for c in range(K) if c not in layer.kept]
+    other.weight, other.bias = layer.weight, layer.bias
+    other.x[:, cut], other.residual = 0.0, torch.zeros(N, D)
+    assert refit(layer.start, layer.moments, [layer.moments]).accepted
+    assert not refit(layer.start, layer.moments, [layer.moments, other.moments]).accepted
+
+
 def test_few_tokens_raise_the_ridge():
     layer = Layer(tokens=20)
-    result = refit(layer.start, layer.moments, layer.moments, blends=(0.0,), ridges=(0.01,))
+    result = refit(layer.start, layer.moments, [layer.moments], blends=(0.0,), ridges=(0.01,))
     assert result.ridge == pytest.approx(0.01 * 10 * (S + 1) / 20)
 
 
 def test_no_tokens_leave_the_plain_cut():
     """A sublayer that never runs (cross-attention of a lone decoder) is cut and nothing else."""
     layer, empty = Layer(), Moments(D, S, True, torch.device("cpu"))
-    assert torch.equal(refit(layer.start, empty, empty).weight, layer.start)
+    assert torch.equal(refit(layer.start, empty, [empty]).weight, layer.start)
 
 
 def test_shift_bias_adds_the_mean_of_what_was_cut():
@@ -156,7 +166,7 @@ def test_shift_bias_adds_the_mean_of_what_was_cut():
     layer.residual = torch.zeros_like(layer.residual)
     cut = [c for c in range(K) if c not in layer.kept]
     expected = layer.bias + layer.weight[:, cut] @ layer.x[:, cut].mean(0)
-    result = shift_bias(layer.start, layer.moments, layer.moments)
+    result = shift_bias(layer.start, layer.moments, [layer.moments])
     torch.testing.assert_close(result.weight[:, -1].float(), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(result.weight[:, :-1].float(), layer.start[:, :-1])
     assert result.accepted
@@ -170,7 +180,7 @@ def test_rescale_is_least_squares_over_one_scale_a_unit(has_bias):
     parts = torch.stack([x[:, [u]] * weight[:, u] for u in range(S)], -1)  # [n, D, S]: what each unit gives
     target = (layer.own + layer.residual).double() - (layer.bias.double() if has_bias else 0)
     expected = torch.linalg.lstsq(parts.flatten(0, 1), target.flatten()[:, None]).solution[:, 0]
-    result = rescale(layer.start, layer.moments, layer.moments, columns_a_unit=1)
+    result = rescale(layer.start, layer.moments, [layer.moments], columns_a_unit=1)
     assert result.accepted == bool(expected.abs().max() <= 10)
     if result.accepted:
         torch.testing.assert_close(result.weight[:, :S], weight * expected, rtol=0.05, atol=0.05)
@@ -183,7 +193,7 @@ def test_rescale_gives_all_columns_of_a_unit_one_scale():
     moments = Moments(D, 6, False, torch.device("cpu"))
     moments.add(layer.x[:, layer.kept[:6]], layer.own, layer.residual)
     start = layer.weight[:, layer.kept[:6]]
-    result = rescale(start, moments, moments, columns_a_unit=3)
+    result = rescale(start, moments, [moments], columns_a_unit=3)
     ratio = (result.weight / start).float()
     torch.testing.assert_close(ratio, ratio[:1, ::3].repeat_interleave(3, 1).expand(D, -1), rtol=1e-4, atol=1e-4)
     assert result.accepted
@@ -197,7 +207,7 @@ def test_refit_channels_is_one_regression_a_channel(with_shift):
     sums = ChannelSums(D, torch.device("cpu"))
     for rows in np.array_split(np.arange(400), 3):
         sums.add(torch.tensor(z[rows]), torch.tensor(y[rows]))
-    scale, shift = refit_channels(sums, sums, with_shift)
+    scale, shift = refit_channels(sums, [sums], with_shift)
     for channel in range(D):
         if with_shift:
             expected = np.polyfit(z[:, channel], y[:, channel], 1)
@@ -214,7 +224,7 @@ def test_refit_channels_refuses_what_does_not_help():
     noisy, exact = ChannelSums(D, torch.device("cpu")), ChannelSums(D, torch.device("cpu"))
     noisy.add(z, 2 * z)
     exact.add(z, z)
-    assert refit_channels(noisy, exact, with_shift=True) is None
+    assert refit_channels(noisy, [exact], with_shift=True) is None
 
 
 # --- criteria --------------------------------------------------------------------------------------------------------
