@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,14 +71,23 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Itera
         yield
 
 
-def gate_gradients(
+@dataclass
+class Gradients:
+    """From one backward pass over a batch, per site: gradients of each example's loss with respect to the gates at 1
+    [B, U], and the squared length of those with respect to what each token gets from the consumer [B*T]."""
+
+    gates: dict[SiteKey, torch.Tensor]
+    tokens: dict[SiteKey, torch.Tensor]
+
+
+def gradients(
     model: PreTrainedModel,
     sites: Sequence[Site],
     units: Mapping[SiteKey, int],
     batch: Batch,
     draw_labels: torch.Generator | None = None,
-) -> dict[SiteKey, torch.Tensor]:
-    """Per-example gradients of the loss with respect to the gates at 1: [B, U] per site, from one backward pass.
+) -> Gradients:
+    """What one backward pass over a batch tells about the units and the tokens.
 
     Args:
         draw_labels: draw the labels from the model's own predictions with this generator instead.
@@ -85,11 +95,29 @@ def gate_gradients(
     gates = {
         site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
     }
-    with torch.enable_grad(), gated(model, gates, sites):
+    tokens: dict[SiteKey, torch.Tensor] = {}
+    with torch.enable_grad(), gated(model, gates, sites), _token_gradients(model, sites, tokens):
         output = model(**forward_inputs(model, batch))
         labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
         example_losses(model, output, labelled).sum().backward()
-    return {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
+    found = {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
+    return Gradients(found, tokens)
+
+
+@contextlib.contextmanager
+def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[SiteKey, torch.Tensor]) -> Iterator[None]:
+    def watch(key: SiteKey) -> Any:
+        def keep(gradient: torch.Tensor) -> None:
+            found[key] = gradient.float().square().sum(-1).flatten()
+
+        return lambda module, args, output: output.register_hook(keep) and None
+
+    handles = [consumer(model, site).register_forward_hook(watch(site.key)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def statistics(
@@ -110,7 +138,6 @@ def statistics(
         gates = _gates(model, sites, units, batches, criterion, generator) if criterion.needs_loss else {}
         for site, moments in _moments(model, sites, batches, criterion.needs):
             weight = consumer(model, site).weight.detach().float()
-            found = {**gates.pop(site.key, {}), **moments}
             yield (
                 site,
                 SiteStatistics(
@@ -118,12 +145,13 @@ def statistics(
                     weight=(weight.T if input_axis(consumer(model, site)) == 0 else weight).cpu(),
                     weight_square=_weight_squares(model, site, units[site.key]).cpu(),
                     generator=generator,
-                    **{key: value.cpu() for key, value in found.items()},
+                    **gates.pop(site.key, {}),
+                    **moments,
                 ),
             )
 
 
-Found = dict[str, torch.Tensor]
+Found = dict[str, Any]
 
 
 def _gates(
@@ -134,20 +162,29 @@ def _gates(
     criterion: Criterion,
     generator: torch.Generator,
 ) -> dict[SiteKey, Found]:
-    """What the gate gradients tell, per site; the gradients of each example only where they are needed."""
-    found = {
-        s.key: {k: torch.zeros(units[s.key], device=model.device) for k in ("gate_square", "gate_abs")} for s in sites
+    """What the gradients tell, per site; those of the gates of each example only where the criterion needs them."""
+    names = ("gate_square", "gate_abs")
+    found: dict[SiteKey, Found] = {
+        site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
     }
-    each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites if "examples" in criterion.needs}
+    each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites}
+    tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites if site.active}
     examples = sum(batch.size for batch in batches)
     draw_labels = generator if criterion.labels == "model" else None
     for batch in tqdm(batches, desc="scoring", leave=False):
-        for key, gradient in gate_gradients(model, sites, units, batch, draw_labels).items():
+        seen = gradients(model, sites, units, batch, draw_labels)
+        for key, gradient in seen.gates.items():
             found[key]["gate_square"] += gradient.square().sum(0) / examples
             found[key]["gate_abs"] += gradient.abs().sum(0) / examples
-            if key in each:
-                each[key].append(gradient.cpu())
-    return {key: value | ({"gate": torch.cat(each[key])} if key in each else {}) for key, value in found.items()}
+            if "examples" in criterion.needs:
+                each[key].append(gradient)
+        for key, square in seen.tokens.items():
+            tokens[key].append(square)
+    for site in sites:
+        known = {key: value.cpu() for key, value in found[site.key].items()}
+        gate = torch.cat(each[site.key]).cpu() if each[site.key] else None
+        found[site.key] = {**known, "gate": gate, "tokens": tokens.get(site.key)}
+    return found
 
 
 def _moments(
@@ -201,7 +238,7 @@ class Sums:
     def means(self) -> dict[str, torch.Tensor]:
         n = max(self.tokens, 1)
         gram = {} if self.gram is None else {"gram": self.gram / n}
-        return {"mean": self.total / n, "square": self.square / n, **gram}
+        return {key: value.cpu() for key, value in {"mean": self.total / n, "square": self.square / n, **gram}.items()}
 
 
 def rows_of(x: torch.Tensor, mask: torch.Tensor | None, examples: torch.Tensor | None = None) -> torch.Tensor:

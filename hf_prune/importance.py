@@ -33,6 +33,7 @@ class SiteStatistics:
     square: torch.Tensor | None = None  # mean square of them, [K]
     gram: torch.Tensor | None = None  # X^T X / n, [K, K]
     generator: torch.Generator | None = None
+    tokens: list[torch.Tensor] | None = None  # squared loss gradients at the consumer's output, [B*T] per batch
 
     def per_unit(self, columns: torch.Tensor) -> torch.Tensor:
         """Sum a value per column [K] over the columns of each unit [U]."""

@@ -62,10 +62,11 @@ class Analysis:
     anatomy: Anatomy
     config: PruningConfig  # with the criterion filled in
     batches: list[Batch]
-    scores: dict[SiteKey, torch.Tensor]
     align: int
-    seconds: float
+    scores: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
     gates: dict[SiteKey, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
+    tokens: dict[SiteKey, list[torch.Tensor]] = field(default_factory=dict)  # squared gradients, see repair.py
 
     def plan(self, keep: float | None = None) -> PruningPlan:
         """The plan for a `keep` (default: the config's).
@@ -96,20 +97,29 @@ def analyze(
     config = config or PruningConfig()
     anatomy = describe(model)
     align = config.align or default_align(anatomy, model.device.type)
-    units = choose_units(anatomy, config)
     _check_repair(anatomy, config)
     _check_reachable(anatomy, config, align)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=_criterion(model, batches, config))
+    analysis = Analysis(anatomy, config, batches, align)
+    _score_(model, analysis)
+    analysis.seconds = time.perf_counter() - started
+    return analysis
+
+
+def _score_(model: PreTrainedModel, analysis: Analysis) -> None:
+    """Run the statistics pass, and fill in what it found."""
+    anatomy, config = analysis.anatomy, analysis.config
     criterion = CRITERIA[str(config.criterion)]
+    units = choose_units(anatomy, config)
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
-    scores, gates = {}, {}
-    scored = [batch for batch in batches if (batch.held_out < GUARD).all()]
+    scored = [batch for batch in analysis.batches if (batch.held_out < GUARD).all()]
     for site, found in statistics(model, anatomy.sites, sizes, scored, criterion, config.calibration_seed):
-        scores[site.key] = _score(site, criterion, found, model.dtype)
+        analysis.scores[site.key] = _score(site, criterion, found, model.dtype)
         if found.gate is not None:
-            gates[site.key] = found.gate
-    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started, gates)
+            analysis.gates[site.key] = found.gate
+        if found.tokens is not None:
+            analysis.tokens[site.key] = found.tokens
 
 
 def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, data_collator: Any, guard: Any) -> Any:
@@ -144,8 +154,8 @@ def prune(
     Args:
         data: list or iterable of batches (dicts of tensors for `model(**batch)`), a DataLoader, or a datasets.Dataset
             with `processing_class` or `data_collator`.
-        plan: replay this plan instead of deciding one (it is checked against the model; no scoring pass); `config`
-            defaults to the one that it was made with.
+        plan: replay this plan instead of deciding one (it is checked against the model); `config` defaults to the one
+            that it was made with.
         guard: data of another source than `data`, in the same forms: a repair is refused where it makes the error on
             them larger. Nothing is scored or fitted on them. For language models, text unlike the calibration text.
 
@@ -164,7 +174,11 @@ def prune(
     _check_plan(anatomy, plan)
     _check_repair(anatomy, config)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
-    return apply(model, Analysis(anatomy, config, batches, {}, config.align or 1, 0.0), plan)
+    analysis = Analysis(anatomy, config, batches, config.align or 1)
+    by_loss = config.criterion is not None and CRITERIA[config.criterion].needs_loss
+    if config.repair == "least_squares" and by_loss and has_loss(model, batches):
+        _score_(model, analysis)  # the repair weighs tokens by their gradients
+    return apply(model, analysis, plan)
 
 
 def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None = None) -> PruneResult:
@@ -175,7 +189,7 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     earlier = record_of(model)
     composed = plan if earlier is None else earlier.plan.compose(plan)
     started = time.perf_counter()
-    repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
+    repairs = [] if plan.is_identity else _cut_and_repair_(model, analysis, plan)
     if not plan.is_identity:
         write_(model, _summary(model, plan, composed, config))
     model._hf_prune = Record(composed, _proof_rows(analysis.batches))  # type: ignore[assignment]
@@ -236,9 +250,8 @@ def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: Pruning
 # --- cut and repair --------------------------------------------------------------------------------------------------
 
 
-def _cut_and_repair_(
-    model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, batches: Sequence[Batch], method: str
-) -> list[dict[str, Any]]:
+def _cut_and_repair_(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan) -> list[dict[str, Any]]:
+    anatomy, batches, method = analysis.anatomy, analysis.batches, analysis.config.repair
     if method == "none":
         for site in anatomy.sites:
             if not plan[site.key].is_identity:
@@ -256,7 +269,7 @@ def _cut_and_repair_(
             masks = [token_mask(model, batch, stack) for batch in batches]
             held_out = [batch.held_out for batch in batches]
             offset = anatomy.family.norm_offset
-            work = StackRepair(plan, method, dense.pop(stack), pruned, masks, held_out, offset)
+            work = StackRepair(plan, method, dense.pop(stack), pruned, masks, held_out, offset, analysis.tokens)
             reports += work.run_(layers, _by_layer(anatomy, stack))
     return reports
 

@@ -18,6 +18,7 @@ import torch
 
 RIDGES = (0.001, 0.01, 0.1, 1.0)  # relative to the mean diagonal of AᵀA
 BLENDS = (0.0, 0.5, 1.0)  # 0 own target, 1 residual target
+GRADIENT_SHARE = 0.5  # of a token's weight in a refit
 TOKENS_A_COLUMN = 10  # fewer calibration tokens per refitted column raise the ridge
 Candidate = tuple[torch.Tensor, float | None, float | None]  # weight [D, S], ridge, blend
 
@@ -33,9 +34,13 @@ class Moments:
         self.target_square = torch.zeros((), device=device, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, x: torch.Tensor, own: torch.Tensor, residual: torch.Tensor) -> None:
-        """x: kept inputs [n, S]; own, residual: [n, D]; all fp32."""
+    def add(
+        self, x: torch.Tensor, own: torch.Tensor, residual: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
+        """x: kept inputs [n, S]; own, residual: [n, D]; weights: of tokens [n, 1], about 1 in the mean; all fp32."""
         a = torch.cat([x, x.new_ones(len(x), 1)], 1) if self.has_bias else x
+        if weights is not None:
+            a, own, residual = (value * weights.sqrt() for value in (a, own, residual))
         self.gram.addmm_(a.T, a)
         self.own.addmm_(own.T, a)
         self.residual.addmm_(residual.T, a)
@@ -48,6 +53,23 @@ class Moments:
         square = (weight @ self.gram.double() * weight).sum()
         cross = (weight * (self.own.double() + self.residual.double())).sum()
         return float((square - 2 * cross + self.target_square) / max(self.tokens, 1))
+
+
+def token_weights(squares: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """How much each token counts in a refit, [B*T, 1] per batch: half alike, half by its squared loss gradient.
+
+    To second order the loss grows with the squared gradient (the Fisher) at each token times its squared error; a token
+    that no prediction reads (all but the first in the last layer of a BERT classifier) need not be right. The other
+    half keeps the problem well posed.
+
+    Args:
+        squares: of the loss gradient at a sublayer's output, [B*T] per batch.
+        masks: True at real tokens, [B*T] per batch, None where all are.
+    """
+    real = [square if mask is None else square[mask] for square, mask in zip(squares, masks, strict=False)]
+    mean = torch.cat(real).double().mean().float().clamp_min(1e-30)
+    share = GRADIENT_SHARE if mean > 1e-30 else 0.0
+    return [(1 - share + share * square / mean)[:, None] for square in squares]
 
 
 @dataclass(frozen=True)

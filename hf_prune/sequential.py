@@ -22,8 +22,19 @@ from tqdm.auto import tqdm
 from . import layerwise
 from .calibrate import rows_of
 from .layerwise import OUTPUT, Stream
-from .plan import PruningPlan, SitePlan
-from .repair import BLENDS, TOKENS_A_COLUMN, ChannelSums, Moments, Refit, refit, refit_channels, rescale, shift_bias
+from .plan import PruningPlan, SiteKey, SitePlan
+from .repair import (
+    BLENDS,
+    TOKENS_A_COLUMN,
+    ChannelSums,
+    Moments,
+    Refit,
+    refit,
+    refit_channels,
+    rescale,
+    shift_bias,
+    token_weights,
+)
 from .sites import Site, input_axis
 from .surgery import cut_, kept_columns
 
@@ -45,6 +56,7 @@ class StackRepair:
     masks: Sequence[torch.Tensor | None]
     held_out: Sequence[torch.Tensor]
     norm_offset: float = 0.0
+    gradients: Mapping[SiteKey, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
     _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
 
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
@@ -121,6 +133,7 @@ class StackRepair:
         sums = [Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in range(self._sets)]
         weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
         path = site.row.consumer
+        weights = token_weights(self.gradients[site.key], self.masks) if site.key in self.gradients else []
         for batch, state in enumerate(self.pruned.states):
             arguments = self.pruned.kwargs[index][batch]
             ends = [_end(other) for other in done]
@@ -135,7 +148,8 @@ class StackRepair:
                     residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
                 else:
                     residual = rows_of(wanted, self.masks[batch], examples) - own
-                moments.add(x[:, kept], own, residual)
+                weight_of = rows_of(weights[batch], self.masks[batch], examples) if batch < len(weights) else None
+                moments.add(x[:, kept], own, residual, weight_of)
         return sums
 
     @property

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hf_prune import describe
 from hf_prune.batches import draw, even_positions
-from hf_prune.calibrate import Sums, rows_of, statistics
+from hf_prune.calibrate import Sums, gradients, rows_of, statistics
 from hf_prune.importance import (
     CRITERIA,
     REPRESENTATION,
@@ -24,7 +24,7 @@ from hf_prune.importance import (
     random,
 )
 from hf_prune.losses import _draw
-from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, rescale, shift_bias, solve
+from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, rescale, shift_bias, solve, token_weights
 from hf_prune.sequential import matrix_of, set_matrix_
 from hf_prune.sites import consumer
 
@@ -95,6 +95,35 @@ def test_refit_without_ridge_equals_the_hessian_form():
     expected = layer.weight.double() @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept])
     found = solve(layer.start, layer.moments, 1e-9, [0.0])[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_tokens_are_those_of_weighted_least_squares():
+    layer, weights = Layer(tokens=2000), torch.rand(2000, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    moments = Moments(D, S, True, torch.device("cpu"))
+    moments.add(layer.x[:, layer.kept], layer.own, layer.residual, weights)
+    root, target = weights.double().sqrt(), (layer.own + layer.residual).double()
+    expected = torch.linalg.lstsq(layer.inputs * root, target * root).solution.T
+    torch.testing.assert_close(solve(layer.start, moments, 1e-9, [1.0])[0], expected, rtol=1e-3, atol=1e-3)
+    error = ((layer.inputs @ expected.T - target).square() * weights).sum(1).mean()
+    assert moments.error(expected) == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_token_weights_are_half_alike_and_half_by_gradient():
+    squares = [torch.tensor([0.0, 2.0, 99.0]), torch.tensor([4.0, 2.0])]
+    found = token_weights(squares, [torch.tensor([True, True, False]), None])
+    assert torch.cat([found[0][:2], found[1]]).flatten().tolist() == [0.5, 1.0, 1.5, 1.0]
+    assert token_weights([torch.zeros(3)], [None])[0].flatten().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_bert_classifier_reads_only_the_first_token_of_its_last_layer():
+    model = tiny("BertForSequenceClassification")
+    sites, drawn = describe(model).sites, draw(model, [tiny_batch(model)], 8, 0)
+    units = {site.key: site.heads or site.columns for site in sites}
+    found = gradients(model, sites, units, drawn[0]).tokens
+    last = found[sites[-1].key].view(drawn[0].size, -1)
+    assert (last[:, 0] > 0).all()
+    assert not last[:, 1:].any()
+    assert all((found[site.key].view(drawn[0].size, -1)[:, 1:] > 0).any() for site in sites[:2])
 
 
 def test_a_large_ridge_returns_the_original_weights_but_not_the_bias():

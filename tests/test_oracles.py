@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune import PruningConfig, describe, prune
 from hf_prune.batches import draw
-from hf_prune.calibrate import gate_gradients, masked
+from hf_prune.calibrate import gradients, masked
 from hf_prune.costs import cost_model, dense_counts, planned_counts
 from hf_prune.families import FFN
 from hf_prune.importance import CRITERIA
@@ -388,7 +388,7 @@ def test_gate_gradients_match_finite_differences(class_name):
     batch = tiny_batch(model, batch=4, padded="QuestionAnswering" not in class_name)
     sites = describe(model).sites
     units = {site.key: site.heads or site.columns for site in sites}
-    found = gate_gradients(model, sites, units, draw(model, [batch, batch], 8, 0)[0])
+    found = gradients(model, sites, units, draw(model, [batch, batch], 8, 0)[0]).gates
     double = copy.deepcopy(model).double()
     in_fp32 = any(type(m).__name__.endswith(("RMSNorm", "T5LayerNorm")) for m in model.modules())
     step = 0.02 if in_fp32 else 0.001
