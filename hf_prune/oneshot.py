@@ -23,6 +23,7 @@ from .batches import Batch, draw, forward_inputs, token_mask
 from .calibrate import statistics
 from .config import PruningConfig
 from .importance import CRITERIA, Criterion, SiteStatistics
+from .latency import LatencyTable, Watch, latency_table
 from .layout import KEY, write_
 from .losses import has_loss
 from .plan import PruningPlan, SiteKey
@@ -65,6 +66,7 @@ class Analysis:
     scores: dict[SiteKey, torch.Tensor]
     align: int
     seconds: float
+    table: LatencyTable | None = None  # measured, for metric "latency"
 
     def plan(self, keep: float | None = None) -> PruningPlan:
         """The plan for a `keep` (default: the config's).
@@ -74,7 +76,7 @@ class Analysis:
         """
         config = self.config if keep is None else replace(self.config, keep=keep)
         comparable = CRITERIA[str(config.criterion)].comparable
-        return allocate(self.anatomy, self.scores, config, self.align, comparable)
+        return allocate(self.anatomy, self.scores, config, self.align, comparable, self.table)
 
 
 def analyze(
@@ -96,7 +98,8 @@ def analyze(
     align = config.align or default_align(anatomy, model.device.type)
     units = choose_units(anatomy, config)
     _check_repair(anatomy, config)
-    _check_reachable(anatomy, config, align)
+    table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
+    _check_reachable(anatomy, config, align, table)
     batches = draw(model, data, config.calibration_samples, config.calibration_seed, processing_class, data_collator)
     config = replace(config, criterion=_criterion(model, batches, config))
     criterion = CRITERIA[str(config.criterion)]
@@ -104,7 +107,7 @@ def analyze(
     scores = {}
     for site, found in statistics(model, anatomy.sites, sizes, batches, criterion, config.calibration_seed):
         scores[site.key] = _score(site, criterion, found, model.dtype)
-    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started)
+    return Analysis(anatomy, config, batches, scores, align, time.perf_counter() - started, table)
 
 
 def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -159,6 +162,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     _check_plan(anatomy, plan)
     earlier = record_of(model)
     composed = plan if earlier is None else earlier.plan.compose(plan)
+    timed = plan.config.get("metric") == "latency"
+    watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
     started = time.perf_counter()
     repairs = [] if plan.is_identity else _cut_and_repair_(model, anatomy, plan, analysis.batches, config.repair)
     if not plan.is_identity:
@@ -171,6 +176,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
         "other_shapes": _other_shapes(analysis, plan),
         "seconds": {"score": analysis.seconds, "cut_and_repair": time.perf_counter() - started},
     }
+    if watch is not None:
+        report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
     return PruneResult(model, plan, analysis.scores, report)
 
 
@@ -197,12 +204,12 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
         )
 
 
-def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> None:
-    if config.keep < 1 and reachable(anatomy, config, align) > config.keep:
+def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table: LatencyTable | None) -> None:
+    if config.keep < 1 and reachable(anatomy, config, align, table) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
-        allocate(anatomy, flat, config, align)  # raises, and says what can be reached
+        allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
 
 
 def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
