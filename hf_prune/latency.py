@@ -44,6 +44,7 @@ POINTS = 12  # counts timed per site, at most
 ROUNDS, WARMUP = 9, 1  # over all counts and the dense model
 PASSES, SHORT = 3, 0.01  # timed in a row at each count after one that warms up; one where a pass takes these seconds
 WATCH_ROUNDS = 15  # before and after a cut
+BUSY = 1.25  # median over fastest dense pass, beyond which a table is used with a warning and not cached
 TOLERANCE = 0.1  # of the asked fraction, beyond which a cut that missed it warns
 Inputs = dict[str, Any]
 
@@ -70,6 +71,7 @@ class LatencyTable(CostModel):
     """Milliseconds of every site at every count, and whether they come from the cache."""
 
     cached: bool = False
+    spread: float = 1.0  # of the dense passes: median over fastest
 
     @property
     def source(self) -> str:
@@ -88,7 +90,7 @@ def latency_table(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfi
     found = _read(path, key, grids)
     if found is None:
         found = _measure(model, anatomy, config, grids)
-        _write(path, key, found)
+        _keep(path, key, found)
     return found
 
 
@@ -231,9 +233,10 @@ def _measure(
             dense.append(timed(model, **inputs))
             for key, site in distinct.items():
                 walks[key].append(_walk(benches[key], site, grids[key]))
+    median = statistics.median(dense[WARMUP:])
     medians = {key: 1000 * np.median(rounds[WARMUP:], axis=0) for key, rounds in walks.items()}
     ms = {site.key: medians[same[site.key].key] if site.active else np.zeros((1, 1)) for site in anatomy.sites}
-    return _table(1000 * statistics.median(dense[WARMUP:]), ms, grids)
+    return replace(_table(1000 * median, ms, grids), spread=median / min(dense[WARMUP:]))
 
 
 def _inputs(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> Inputs:
@@ -311,6 +314,18 @@ def cache_directory() -> Path:
 
 def _cache_path(key: Mapping[str, Any]) -> Path:
     return cache_directory() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def _keep(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:
+    """Cache a table that can be trusted."""
+    if table.spread <= BUSY:
+        _write(path, key, table)
+        return
+    warnings.warn(
+        f"The machine is busy: passes of the dense model took {table.spread:.2f} times the fastest one (median). The "
+        "latency table is used this once and not cached; repeat on a quiet machine.",
+        stacklevel=4,
+    )
 
 
 def _write(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:

@@ -70,6 +70,7 @@ def test_where_time_is_parameters_the_table_counts_them(family, class_name, cloc
 
 def test_savings_add_up_and_fewer_units_never_cost_more(monkeypatch):
     """Also where every timing is noise."""
+    monkeypatch.setattr(latency, "BUSY", float("inf"))
     rng = np.random.default_rng(0)
     monkeypatch.setattr(latency, "timed", lambda *_, **__: float(rng.random()))
     model = tiny("LlamaForCausalLM")
@@ -200,6 +201,18 @@ def test_a_corrupt_table_is_measured_again(damage, clockwork, cache):
     assert not again.cached
     assert again.fixed == first.fixed
     assert latency_table(model, anatomy, CONFIG, align=8).cached  # and repaired
+
+
+def test_a_table_of_a_busy_machine_is_not_cached(clockwork, cache, monkeypatch):
+    speed = iter([1.0, 2.0, 3.0])
+    honest = latency.timed
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+    monkeypatch.setattr(latency, "timed", lambda m, *a, **k: honest(m, *a, **k) * (next(speed) if m is model else 1.0))
+    model = tiny("BertForMaskedLM")
+    with pytest.warns(UserWarning, match=r"busy.*2\.00 times the fastest.*not cached"):
+        table = latency_table(model, describe(model), CONFIG, align=8)
+    assert table.total(dense_counts(describe(model))) == pytest.approx(2 * dense_ms(model))
+    assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said(clockwork, tmp_path, monkeypatch):
