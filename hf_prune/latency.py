@@ -1,8 +1,9 @@
 """What a forward pass costs on this device, measured: one layer of each kind is timed at a grid of counts.
 
-A site's cost is the time of its layer with that count and all else dense, in milliseconds above the smallest count;
-what is left of the dense model's time cannot be removed. So the dense total is the measured one, and savings add up.
-Everything is timed in turn, round after round, and medians are kept; the table is cached per device and setting.
+A site's saving at a count is that of its layer, all else dense, as a fraction of the dense layer's time; the layers'
+share of a pass of the model, which is known from a pass with marks around them, makes it a fraction of the model's. So
+the dense total is the measured one, and savings add up. All is timed in turn, round after round, and medians are kept;
+the table is cached per device and setting.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 POINTS = 12  # counts timed per site, at most
-ROUNDS, WARMUP = 9, 1  # over all counts and the dense model
+ROUNDS, WARMUP = 15, 1  # over all counts and the dense model
 PASSES, SHORT = 3, 0.01  # timed in a row at each count after one that warms up; one where a pass takes these seconds
 WATCH_ROUNDS = 15  # before and after a cut
 BUSY = 1.25  # median over fastest dense pass, beyond which a table is used with a warning and not cached
@@ -224,19 +225,53 @@ def _measure(
 ) -> LatencyTable:
     same = _stand_ins(model, anatomy)
     distinct = {site.key: site for site in same.values()}
-    dense: list[float] = []
+    layers = {site.path: model.get_submodule(site.path) for site in anatomy.sites if site.active}
+    whole: list[float] = []
+    shares: list[float] = []
     walks: dict[SiteKey, list[np.ndarray]] = {key: [] for key in distinct}
     with quiet(model), torch.inference_mode():
         inputs = _inputs(model, anatomy, config)
         benches = {key: Bench.of(model, site, inputs) for key, site in distinct.items()}
         for _ in tqdm(range(WARMUP + ROUNDS), desc="latency of the layers", leave=False):
-            dense.append(timed(model, **inputs))
+            whole.append(timed(model, **inputs))
+            shares.append(share_of(list(layers.values()), model, inputs))
             for key, site in distinct.items():
                 walks[key].append(_walk(benches[key], site, grids[key]))
-    median = statistics.median(dense[WARMUP:])
-    medians = {key: 1000 * np.median(rounds[WARMUP:], axis=0) for key, rounds in walks.items()}
-    ms = {site.key: medians[same[site.key].key] if site.active else np.zeros((1, 1)) for site in anatomy.sites}
-    return replace(_table(1000 * median, ms, grids), spread=median / min(dense[WARMUP:]))
+    medians = {key: np.median(rounds[WARMUP:], axis=0) for key, rounds in walks.items()}
+    alone = {key: medians[stand_in.key] for key, stand_in in same.items()}
+    dense = statistics.median(whole[WARMUP:])
+    scale = dense * statistics.median(shares[WARMUP:]) / _dense_layers(anatomy, alone)
+    ms = {site.key: 1000 * scale * alone.get(site.key, np.zeros((1, 1))) for site in anatomy.sites}
+    return replace(_table(1000 * dense, ms, grids), spread=dense / min(whole[WARMUP:]))
+
+
+def _dense_layers(anatomy: Anatomy, alone: Mapping[SiteKey, np.ndarray]) -> float:
+    """Seconds of all layers, each timed alone; a layer has a time for each of its sites."""
+    layers: dict[str, list[float]] = {}
+    for site in anatomy.sites:
+        if site.active:
+            layers.setdefault(site.path, []).append(float(alone[site.key][-1, -1]))
+    return sum(map(statistics.mean, layers.values()))
+
+
+def share_of(layers: Sequence[nn.Module], model: nn.Module, inputs: Inputs) -> float:
+    """The fraction of one pass that the model spends in its layers, however slow the machine is meanwhile."""
+    marks: list[float] = []
+
+    def mark(module: nn.Module, *_: Any) -> None:
+        _synchronize(next(module.parameters()).device)
+        marks.append(time.perf_counter())
+
+    handles = [layer.register_forward_pre_hook(mark) for layer in layers]
+    handles += [layer.register_forward_hook(mark) for layer in layers]
+    try:
+        mark(model)
+        model(**inputs)
+        mark(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (sum(marks[2:-1:2]) - sum(marks[1:-1:2])) / (marks[-1] - marks[0])
 
 
 def _inputs(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,11 @@ def clockwork(monkeypatch):
         module(*args, **kwargs)
         return sum(p.numel() for p in module.parameters()) * 1e-6
 
+    def share_of(layers, model, inputs):
+        return sum(p.numel() for layer in layers for p in layer.parameters()) / (1000 * dense_ms(model))
+
     monkeypatch.setattr(latency, "timed", timed)
+    monkeypatch.setattr(latency, "share_of", share_of)
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WARMUP", 0)
     monkeypatch.setattr(latency, "WATCH_ROUNDS", 1)
@@ -85,6 +90,31 @@ def test_savings_add_up_and_fewer_units_never_cost_more(monkeypatch):
         saved[site.key] = table.total(dense) - costs[0]
     least = {site.key: (1, 1) if site.is_attention else (8, 0) for site in anatomy.sites}
     assert table.total(dense) - table.total(least) == pytest.approx(sum(saved.values()))
+
+
+def test_only_the_share_of_the_layers_can_be_saved(clockwork, monkeypatch):
+    """Half the share, half the saving; the dense total is as measured."""
+    model = tiny("BertForMaskedLM")
+    anatomy = describe(model)
+    dense, least = dense_counts(anatomy), {s.key: (1, 1) if s.is_attention else (8, 0) for s in anatomy.sites}
+    first = latency_table(model, anatomy, CONFIG, align=8)
+    honest = latency.share_of
+    monkeypatch.setattr(latency, "share_of", lambda *args: honest(*args) / 2)
+    second = latency_table(model, anatomy, replace(CONFIG, latency_batch_size=2), align=8)
+    assert second.total(dense) == pytest.approx(first.total(dense))
+    saved = first.total(dense) - first.total(least)
+    assert second.total(dense) - second.total(least) == pytest.approx(saved / 2)
+
+
+def test_the_share_of_the_layers(monkeypatch):
+    """A clock that ticks once a look: start, two marks a layer, end."""
+    ticks = itertools.count()
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(ticks)))
+    model = tiny("BertForMaskedLM", num_hidden_layers=3)
+    before = snapshot(model)
+    inputs = latency.random_inputs(model, 1, 12)
+    assert latency.share_of(list(model.bert.encoder.layer), model, inputs) == 3 / 7
+    assert list(changed(before, model)) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
