@@ -3,7 +3,7 @@
     make demo && python examples/latency_target.py
 
 The last column is another measurement of dense and pruned model in turn (`report.measure.compare`), made at the end.
-Prints a markdown table. Set HF_PRUNE_CACHE to an empty directory to measure the tables afresh.
+Prints each row, and a markdown table at the end. Set HF_PRUNE_CACHE to an empty directory to measure the tables afresh.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def main() -> None:
         print(f"batch {batch}: dense {analysis.plan(1.0).cost['dense_ms']:.1f} ms, table {analysis.table.source}")
         for shapes in SHAPES:
             here = replace(analysis, config=replace(analysis.config, shapes=shapes))
-            rows += [row(model, here, keep, batch, args.runs) for keep in args.keeps]
+            for keep in args.keeps:
+                rows.append(row(model, here, keep, batch, args.runs))
+                print(rows[-1], flush=True)
     print(markdown(rows))
     load = os.getloadavg()[0]
     print(f"{torch.get_num_threads()} threads, fp32, one run; load average at the end {load:.1f}")
