@@ -21,6 +21,7 @@ from .plan import PruningPlan, SiteKey, SitePlan
 from .sites import Site
 
 FRONTIER = 2048  # points kept of the cost-loss frontier while groups are merged
+NO_SAVING = 0.98  # of the latency: what measuring cannot tell from the dense model
 SHAPES: tuple[Shapes, ...] = ("stock", "uniform", "per_layer")
 Scores = Mapping[SiteKey, torch.Tensor]
 Count = tuple[int, int]  # (KV groups or neurons, query heads a group or 1) in units of the scores
@@ -119,6 +120,7 @@ def allocate(
     align: int,
     across: str = "as they are",
     gates: Scores | None = None,
+    measured: CostModel | None = None,
 ) -> PruningPlan:
     """The plan that loses least score at `config.keep` of the cost.
 
@@ -127,11 +129,12 @@ def allocate(
         align: kept FFN widths are multiples of it.
         across: how scores of different sites are made comparable, see `importance.Criterion`.
         gates: gate gradients of each example [B, U] per site: the removed units are then chosen together.
+        measured: the costs of metric "latency".
 
     Raises:
         ValueError: `keep` is below what the units and shapes can reach; the message gives the reachable minimum.
     """
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model")
+    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
     dense = costs.total(dense_counts(anatomy))
     if config.keep == 1:  # all stays, also what scores nothing
         return _plan(anatomy, [_everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
@@ -139,7 +142,7 @@ def allocate(
     groups, rankings, tables = _offers(anatomy, comparable, config, align, costs, gates or {})
     chosen = _knapsack(tables, config.keep * dense - costs.fixed)
     if chosen is None:
-        raise ValueError(_unreachable(anatomy, config, align, dense))
+        raise ValueError(_unreachable(anatomy, config, align, dense, measured))
     counts = {
         site.key: rankings[site.key].counts[option]
         for members, option in zip(groups, chosen, strict=True)
@@ -150,9 +153,9 @@ def allocate(
     return _plan(anatomy, sites, config, costs, loss)
 
 
-def reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> float:
+def reachable(anatomy: Anatomy, config: PruningConfig, align: int, measured: CostModel | None = None) -> float:
     """The least fraction of the cost that can remain with these units and shapes."""
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model")
+    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
     units = choose_units(anatomy, config)
     flat = {site.key: np.ones(site.sizes[unit_of(site, units)]) for site in anatomy.sites}
     _, _, tables = _offers(anatomy, flat, config, align, costs)
@@ -343,20 +346,25 @@ def _plan(
         "before": cost_report(anatomy, dense, config.sequence_length),
         "after": cost_report(anatomy, counts, config.sequence_length),
     }
+    if config.metric == "latency":
+        cost |= {"dense_ms": costs.total(dense), "predicted_ms": costs.total(counts)}
     return replace(plan, cost=cost)
 
 
-def _unreachable(anatomy: Anatomy, config: PruningConfig, align: int, dense: float) -> str:
-    def least(shapes: str) -> str:
+def _unreachable(anatomy: Anatomy, config: PruningConfig, align: int, dense: float, measured: CostModel | None) -> str:
+    def least(shapes: Shapes) -> str:
         units = config.units if shapes == config.shapes else None
-        return f"{reachable(anatomy, replace(config, shapes=shapes, units=units), align):.3f}"  # type: ignore[arg-type]
+        return f"{reachable(anatomy, replace(config, shapes=shapes, units=units), align, measured):.3f}"
 
     others = ", ".join(f"shapes={shapes!r} {least(shapes)}" for shapes in SHAPES if shapes != config.shapes)
+    unit = " ms" if measured else ""
     text = (
-        f"keep={config.keep} of the {config.metric} ({config.scope}, dense {dense:.4g}) cannot be reached with "
+        f"keep={config.keep} of the {config.metric} ({config.scope}, dense {dense:.4g}{unit}) cannot be reached with "
         f"units={choose_units(anatomy, config)} and shapes={config.shapes!r}: the least is {least(config.shapes)}. "
         f"The other shapes reach, with all their units: {others}."
     )
+    if measured and reachable(anatomy, config, align, measured) > NO_SAVING:
+        text += " No count saves time worth the name here; a larger latency_batch_size or sequence_length may."
     door = anatomy.family.as_model_type
     if config.shapes == "stock" and door:
         text += f" Or prune with shapes='uniform' and save with save_pretrained(..., model_type={door!r})."

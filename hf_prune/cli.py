@@ -264,13 +264,18 @@ def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningCon
 def _dry_run(job: Job, analysis: Analysis) -> None:
     from .report.table import rich_table
 
-    before = analysis.plan(job.keeps[0]).cost["before"]
-    rows = [{"model": "dense"} | _costs(before, before)]
+    dense = analysis.plan(job.keeps[0]).cost
+    before, dense_ms = dense["before"], dense.get("dense_ms")
+    rows = [{"model": "dense"} | _costs(before, before) | _latency(dense_ms, dense_ms)]
     for keep in job.keeps:
         plan = analysis.plan(keep)
         job.screen.print(f"keep={keep:g}, {analysis.config.shapes} shapes, {analysis.config.criterion} scores:")
         job.screen.print(plan.summary(), markup=False)
-        rows.append({"model": f"keep={keep:g}"} | _costs(plan.cost["after"], before))
+        rows.append(
+            {"model": f"keep={keep:g}"}
+            | _costs(plan.cost["after"], before)
+            | _latency(plan.cost.get("predicted_ms"), dense_ms)
+        )
     job.screen.print(rich_table(rows, title=f"Cost at {_length(analysis)} tokens"))
     for line in _estimate(job, analysis):
         job.screen.print(line, markup=False)
@@ -289,6 +294,11 @@ def _costs(cost: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, s
     from .report.table import count
 
     return {name: f"{count(cost[key])} ({cost[key] / dense[key]:.0%})" for name, key in COSTS.items()}
+
+
+def _latency(ms: float | None, dense: float | None) -> dict[str, str]:
+    """A column where the target is measured milliseconds."""
+    return {"latency": f"{ms:.3g} ms ({ms / dense:.0%})"} if ms and dense else {}
 
 
 def _length(analysis: Analysis) -> int:
@@ -343,6 +353,8 @@ def _cut_one(job: Job, analysis: Analysis, keep: float, model: PreTrainedModel) 
     seconds = time.perf_counter() - started
     metric, value = evaluate(model, job.parts.evaluation)
     row = {"model": f"keep={keep:g}", metric: _value(value)} | _costs(result.report["after"], result.report["before"])
+    latency = result.report.get("latency", {})
+    row |= _latency(latency.get("realised_ms"), latency.get("dense_ms"))
     row["cut and repair"] = f"{seconds:.0f} s"
     lines = _other_shapes(keep, result.report)
     return row, lines + _save(job, model, job.directory(keep))

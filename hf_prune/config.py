@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-Metric = Literal["macs", "params"]
+Metric = Literal["macs", "params", "latency"]
 Scope = Literal["model", "blocks"]
 Criterion = Literal[
     "fisher",
@@ -44,13 +44,19 @@ class PruningConfig:
         ValueError: a field is out of its allowed set; the message names the field, the value and the set.
     """
 
-    keep: float = field(default=0.5, metadata=_help("Fraction of the cost that remains, 0 < keep <= 1."))
-    metric: Metric = field(default="macs", metadata=_help("What `keep` is a fraction of: multiply-adds or parameters."))
+    keep: float = field(default=0.5, metadata=_help("Fraction of the cost (see `metric`) that remains, 0 < keep <= 1."))
+    metric: Metric = field(
+        default="macs",
+        metadata=_help(
+            "What `keep` is a fraction of: multiply-adds, parameters, or the latency of a forward pass, measured on "
+            "this device at `latency_batch_size` x `sequence_length`."
+        ),
+    )
     scope: Scope | None = field(
         default=None,
         metadata=_help(
-            "'model' counts everything (default for macs); 'blocks' counts attention, FFN and their norms, "
-            "no embeddings and no head (default for params)."
+            "'model' counts everything (default for macs and latency); 'blocks' counts attention, FFN and their norms, "
+            "no embeddings and no head (default for params, not for latency)."
         ),
     )
     units: list[str] | None = field(
@@ -85,15 +91,21 @@ class PruningConfig:
     calibration_seed: int = field(default=0, metadata=_help("Seed of the draw (and of criterion random)."))
     sequence_length: int = field(
         default=128,
-        metadata=_help("Tokens per example at which MACs are counted; vision models take it from the image."),
+        metadata=_help(
+            "Tokens per example at which MACs are counted and latency is measured; vision models take it from the "
+            "image."
+        ),
     )
+    latency_batch_size: int = field(default=1, metadata=_help("Examples per forward pass whose latency is measured."))
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not math.isfinite(self.keep) or not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep!r}: the fraction that remains must satisfy 0 < keep <= 1.")
-        self.scope = self.scope or ("model" if self.metric == "macs" else "blocks")
+        self.scope = self.scope or ("blocks" if self.metric == "params" else "model")
         _choice("metric", self.metric, get_args(Metric))
         _choice("scope", self.scope, get_args(Scope))
+        if self.metric == "latency" and self.scope == "blocks":
+            raise ValueError("scope='blocks' with metric='latency': whole forward passes are timed. Use scope='model'.")
         _choice("shapes", self.shapes, get_args(Shapes))
         _choice("repair", self.repair, get_args(Repair))
         if self.criterion is not None:
@@ -104,7 +116,12 @@ class PruningConfig:
                 raise ValueError(f"units=[]: name at least one of {', '.join(UNIT_CHOICES)}, or leave it None.")
             for unit in self.units:
                 _choice("units", unit, UNIT_CHOICES)
-        for name, least in (("calibration_samples", 8), ("sequence_length", 1), ("align", 1)):
+        for name, least in (
+            ("calibration_samples", 8),
+            ("sequence_length", 1),
+            ("align", 1),
+            ("latency_batch_size", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}.")

@@ -1,4 +1,4 @@
-"""What a model costs, from its anatomy: parameters, or multiply-adds of one example.
+"""What a model costs: parameters, or multiply-adds of one example, from its anatomy; latency from a table handed in.
 
 MACs of T tokens: every matrix with the head, plus 2·T·N·H a query token for attention scores and values (no causal
 halving); look-ups, norms and softmax count 0; encoder-decoder: T tokens on both sides.
@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from .anatomy import Anatomy
 from .plan import PruningPlan, SiteKey
 from .sites import Site
+
+
+class SiteCost(Protocol):
+    """Cost of one site with a number of query heads or neurons, and of KV heads."""
+
+    def site(self, units: int, kv_heads: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,11 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The cost of every unit and of what cannot be removed. Total = fixed + the sites."""
+    """The cost of every site and of what cannot be removed. Total = fixed + the sites."""
 
     metric: str
     fixed: float
-    units: Mapping[SiteKey, UnitCost]
+    units: Mapping[SiteKey, SiteCost]
 
     def total(self, counts: Mapping[SiteKey, tuple[int, int]]) -> float:
         """Cost with (query heads or neurons, KV heads) per site."""
@@ -77,12 +84,19 @@ def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostMo
 COSTS = {"macs": macs, "params": lambda anatomy, sequence_length, scope: params(anatomy, scope)}
 
 
-def cost_model(anatomy: Anatomy, metric: str, sequence_length: int, scope: str) -> CostModel:
+def cost_model(
+    anatomy: Anatomy, metric: str, sequence_length: int, scope: str, measured: CostModel | None = None
+) -> CostModel:
+    """The costs of a metric; those of "latency" are `measured` (see `hf_prune.latency`) and only handed on."""
+    if metric == "latency":
+        if measured is None:
+            raise ValueError("metric='latency' needs measured costs: hand in hf_prune.latency.latency_table(...).")
+        return measured
     return COSTS[metric](anatomy, sequence_length, scope)
 
 
 def report(anatomy: Anatomy, counts: Mapping[SiteKey, tuple[int, int]], sequence_length: int) -> dict[str, float]:
-    """Both metrics in both scopes."""
+    """MACs and parameters in both scopes."""
     return {
         f"{metric}_{scope}": cost_model(anatomy, metric, sequence_length, scope).total(counts)
         for metric in COSTS

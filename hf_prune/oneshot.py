@@ -23,6 +23,7 @@ from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import statistics
 from .config import PruningConfig
 from .importance import CRITERIA, Criterion, SiteStatistics
+from .latency import LatencyTable, Watch, latency_table
 from .layout import KEY, write_
 from .losses import has_loss
 from .plan import PruningPlan, SiteKey
@@ -67,6 +68,7 @@ class Analysis:
     seconds: float = 0.0
     gates: dict[SiteKey, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
     tokens: dict[SiteKey, list[torch.Tensor]] = field(default_factory=dict)  # squared gradients, see repair.py
+    table: LatencyTable | None = None  # measured, for metric "latency"
 
     def plan(self, keep: float | None = None) -> PruningPlan:
         """The plan for a `keep` (default: the config's).
@@ -76,7 +78,7 @@ class Analysis:
         """
         config = self.config if keep is None else replace(self.config, keep=keep)
         across = CRITERIA[str(config.criterion)].across
-        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates)
+        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table)
 
 
 def analyze(
@@ -98,10 +100,11 @@ def analyze(
     anatomy = describe(model)
     align = config.align or default_align(anatomy, model.device.type)
     _check_repair(anatomy, config)
-    _check_reachable(anatomy, config, align)
+    table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
+    _check_reachable(anatomy, config, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=_criterion(model, batches, config))
-    analysis = Analysis(anatomy, config, batches, align)
+    analysis = Analysis(anatomy, config, batches, align, table=table)
     _score_(model, analysis)
     analysis.seconds = time.perf_counter() - started
     return analysis
@@ -188,6 +191,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     _check_plan(anatomy, plan)
     earlier = record_of(model)
     composed = plan if earlier is None else earlier.plan.compose(plan)
+    timed = plan.config.get("metric") == "latency"
+    watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
     started = time.perf_counter()
     repairs = [] if plan.is_identity else _cut_and_repair_(model, analysis, plan)
     if not plan.is_identity:
@@ -200,6 +205,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
         "other_shapes": _other_shapes(analysis, plan),
         "seconds": {"score": analysis.seconds, "cut_and_repair": time.perf_counter() - started},
     }
+    if watch is not None:
+        report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
     return PruneResult(model, plan, analysis.scores, report)
 
 
@@ -226,12 +233,12 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
         )
 
 
-def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int) -> None:
-    if config.keep < 1 and reachable(anatomy, config, align) > config.keep:
+def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table: LatencyTable | None) -> None:
+    if config.keep < 1 and reachable(anatomy, config, align, table) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
-        allocate(anatomy, flat, config, align)  # raises, and says what can be reached
+        allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
 
 
 def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:

@@ -22,8 +22,8 @@ FLAGS = {
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
     "prune": (
         "--align --calibration-samples --calibration-seed --criterion --data --debug --device-map --dry-run --dtype "
-        "--help --keep --label-column --metric --model-type --out --overwrite --preset --remote-code --repair "
-        "--revision --scope --sequence-length --shapes --split --task --text-column --units"
+        "--help --keep --label-column --latency-batch-size --metric --model-type --out --overwrite --preset "
+        "--remote-code --repair --revision --scope --sequence-length --shapes --split --task --text-column --units"
     ),
 }
 
@@ -183,6 +183,22 @@ def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
         assert text in shown
     untouched = transformers.AutoModelForSequenceClassification.from_pretrained(bert).state_dict()
     assert all((value == untouched[name]).all() for name, value in opened[0].state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [["--dry-run"], []])
+def test_latency_is_shown_in_milliseconds(mode, bert, labelled, tmp_path, capsys, monkeypatch):
+    from hf_prune import latency
+
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "timed", lambda module, *_, **__: sum(p.numel() for p in module.parameters()) * 1e-6)
+    monkeypatch.setattr(latency, "share_of", lambda *_: 0.5)
+    arguments = ["--metric", "latency", "--latency-batch-size", "2", "--keep", "0.9,0.8", "--shapes", "uniform"]
+    assert main(["prune", bert, "--data", labelled, *arguments, *CUT, *mode]) == 0
+    shown = [int(share) for share in re.findall(r"[\d.]+ ms \((\d+)%\)", capsys.readouterr().out)]
+    assert shown[-2] <= 90
+    assert shown[-1] <= 80
+    assert shown[:-2] == ([100] if mode else [])
 
 
 def test_nothing_is_saved_without_out(bert, labelled, capsys):

@@ -21,7 +21,7 @@ from hf_prune.importance import CRITERIA
 PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
     "families", "plan", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise", "batches",
-    "losses", "calibrate", "surgery", "layout", "repair", "sequential", "oneshot", "checkpoint",
+    "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_every_family_has_a_tiny_config():
 FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
     "shapes": "per_layer", "align": 16, "repair": "bias", "calibration_samples": 64, "calibration_seed": 3,
-    "sequence_length": 77,
+    "sequence_length": 77, "latency_batch_size": 4,
 }  # fmt: skip
 
 
@@ -130,7 +130,9 @@ def test_every_field_has_a_help_text():
 
 
 def test_scope_follows_the_metric():
-    assert PruningConfig().scope == PruningConfig(metric="macs").scope == "model"
+    assert (
+        PruningConfig().scope == PruningConfig(metric="macs").scope == PruningConfig(metric="latency").scope == "model"
+    )
     assert PruningConfig(metric="params").scope == "blocks"
     assert PruningConfig(metric="params", scope="model").scope == "model"
 
@@ -169,7 +171,7 @@ def test_a_recipe_is_a_mapping(tmp_path):
 
 def test_choices_are_what_the_code_knows():
     assert set(get_args(Criterion)) == set(CRITERIA)
-    assert set(get_args(Metric)) == {"macs", "params"}
+    assert set(get_args(Metric)) == {"macs", "params", "latency"}
     assert set(get_args(Scope)) == {"model", "blocks"}
     assert set(get_args(Shapes)) == {"stock", "uniform", "per_layer"}
     assert set(get_args(Repair)) == {"least_squares", "bias", "none"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..anatomy import describe, probe_inputs, quiet
+from ..anatomy import describe, quiet
 from ..costs import dense_counts
 from ..costs import report as cost_report
+from ..latency import random_inputs, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,19 +112,6 @@ def directory_bytes(directory: str | os.PathLike[str]) -> int:
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
-def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Unpadded random tokens of exactly `length` (or images), the same on every call."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = probe_inputs(model, length, batch)
-    for name, value in inputs.items():
-        if value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator).to(value)
-        elif name.endswith("input_ids"):
-            tokens = torch.randint(model.config.vocab_size, value.shape, generator=generator).to(value)
-            inputs[name] = torch.cat([tokens[:, :-1], value[:, -1:]], 1)  # the last stays: BART's classifier needs it
-    return inputs
-
-
 def _interleaved(
     models: Mapping[str, PreTrainedModel], batch: int, length: int, runs: int, warmup: int
 ) -> dict[str, list[float]]:
@@ -142,16 +129,7 @@ def _interleaved(
 
 
 def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> float:
-    _synchronize(model)
-    started = time.perf_counter()
-    model(**inputs)
-    _synchronize(model)
-    return time.perf_counter() - started
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return timed(model, **inputs)
 
 
 def _latency(seconds: Sequence[float], batch: int, length: int, first: float) -> dict[str, Any]:
