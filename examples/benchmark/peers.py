@@ -21,11 +21,12 @@ from tasks import Prepared, Task
 from hf_prune import describe
 from hf_prune.allocate import default_align
 from hf_prune.anatomy import Anatomy, probe_inputs
-from hf_prune.batches import forward_inputs
+from hf_prune.batches import Batch, forward_inputs
 from hf_prune.costs import cost_model, dense_counts
 from hf_prune.losses import example_losses
 from hf_prune.sites import Site, ups
 
+TRACE_LENGTH = 7  # of no other dimension: Torch-Pruning reads axes off their sizes
 Left = Callable[[Site, float], tuple[int, int]]  # (site, ratio removed) -> heads or neurons left, KV heads left
 
 
@@ -82,10 +83,16 @@ def _gradients(task: Task) -> dict[str, torch.Tensor]:
     batches, model = task.batches(), task.model
     total = sum(batch.size for batch in batches)
     for batch in batches:
-        (example_losses(model, model(**forward_inputs(model, batch)), batch).sum() / total).backward()
+        for rows in torch.arange(batch.size).split(4):  # the sum is the same, the peak of an LM's logits smaller
+            some = Batch(_rows(batch.inputs, rows), _rows(batch.targets, rows), batch.held_out[rows])
+            (example_losses(model, model(**forward_inputs(model, some)), some).sum() / total).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def _rows(tensors: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: value[rows] for name, value in tensors.items()}
 
 
 def _tp_left(site: Site, ratio: float, align: int, heads_removed: int) -> tuple[int, int]:
@@ -141,7 +148,7 @@ def _cut(tp: Any, task: Task, model: Any, importance: Any, keep: float) -> None:
             warnings.simplefilter("ignore")  # "Unwrapped parameters": RMSNorm, as wide as the hidden size, not pruned
             tp.pruner.BasePruner(
                 model,
-                {**probe_inputs(model, 16), **({"use_cache": False} if model.can_generate() else {})},
+                {**probe_inputs(model, TRACE_LENGTH), **({"use_cache": False} if model.can_generate() else {})},
                 importance=importance,
                 pruning_ratio=ratio,
                 head_pruning_ratio=max(0.0, removed - 0.5) / count,  # of which it takes `ceil`

@@ -29,7 +29,7 @@ def names_in(cells: Iterable[Cell]) -> list[str]:
     from methods import METHODS
 
     order = {method.name: index for index, method in reversed(list(enumerate(METHODS)))}
-    return sorted({cell["method"] for cell in cells}, key=lambda name: order.get(name, len(order)))
+    return sorted(dict.fromkeys(cell["method"] for cell in cells), key=lambda name: order.get(name, len(order)))
 
 
 def keeps_in(cells: Iterable[Cell]) -> list[float]:
