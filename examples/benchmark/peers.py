@@ -83,7 +83,8 @@ def _gradients(task: Task) -> dict[str, torch.Tensor]:
     batches, model = task.batches(), task.model
     total = sum(batch.size for batch in batches)
     for batch in batches:
-        for rows in torch.arange(batch.size).split(4):  # the sum is the same, the peak of an LM's logits smaller
+        length = next(iter(batch.inputs.values())).shape[1]
+        for rows in torch.arange(batch.size).split(max(1, 2048 // length)):  # an LM's logits of 32 rows are gigabytes
             some = Batch(_rows(batch.inputs, rows), _rows(batch.targets, rows), batch.held_out[rows])
             (example_losses(model, model(**forward_inputs(model, some)), some).sum() / total).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -15,7 +15,7 @@ Differences = list[float]
 TITLES = {
     "encoder": "MiniLM-L6, Rotten Tomatoes",
     "imdb": "MiniLM-L6, IMDB",
-    "llm": "SmolLM2-135M, 16k calibration tokens, judged on texts that are not among them",
+    "llm": "SmolLM2-135M, judged on texts that it was not calibrated on",
 }
 CAPTION = (
     "Points of accuracy lost against the dense model of the same seed, ± standard error of the mean over validation "
@@ -121,7 +121,7 @@ def size_table(cells: list[Cell], target: str) -> list[Row]:
                 "MB": f"{size['bytes'] / 1e6:.1f}",
             }
             for at in cell["latency"]:
-                row[f"{at['batch']} × {at['length']}"] = f"{at['median_ms']:.1f} ms ({at['speedup']:.2f}×)"
+                row[f"{at['batch']} × {at['length']}"] = f"{at['speedup']:.2f}× ({at['median_ms']:.1f} ms)"
             rows.append(row)
     return rows
 
@@ -153,9 +153,14 @@ def footnotes(cells: list[Cell]) -> str:
     return "\n".join(sorted(lines))
 
 
+def _made_with(settings: Cell, seeds: Sequence[int]) -> str:
+    rows = f"{settings['calibration']} calibration rows of at most {settings['length']} tokens"
+    return f"Seeds: {', '.join(map(str, seeds))}; {rows}."
+
+
 def task_part(name: str, cells: list[Cell]) -> str:
     seeds = sorted({cell["seed"] for cell in cells})
-    blocks = [f"## {TITLES.get(name, name)}", f"Seeds: {', '.join(map(str, seeds))}."]
+    blocks = [f"## {TITLES.get(name, name)}", _made_with(cells[0]["settings"], seeds)]
     done = good(cells)
     if any("perplexity_brown" in cell for cell in done):
         for text in ("brown", "austen"):
@@ -170,7 +175,7 @@ def task_part(name: str, cells: list[Cell]) -> str:
     target = "block parameters" if name == "llm" else "MACs"
     if where(done, seed=0):
         blocks += [
-            "Sizes, and latency measured in turn with the dense model (seed 0)",
+            "Sizes, and speed-up over the dense model measured in turn (seed 0; the milliseconds of two rows are not of one moment)",
             markdown(size_table(done, target)),
         ]
     return "\n\n".join([*blocks, footnotes(cells)])
