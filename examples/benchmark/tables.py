@@ -175,7 +175,7 @@ def task_part(name: str, cells: list[Cell]) -> str:
     target = "block parameters" if name == "llm" else "MACs"
     if where(done, seed=0):
         blocks += [
-            "Sizes, and speed-up over the dense model measured in turn (seed 0; the milliseconds of two rows are not of one moment)",
+            "Sizes, and speed-up over dense, measured in turn (seed 0; milliseconds of two rows are not of one moment)",
             markdown(size_table(done, target)),
         ]
     return "\n\n".join([*blocks, footnotes(cells)])
