@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 TARGETS = ("labels", "start_positions", "end_positions")
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
+BATCH_TOKENS = 2048  # of a batch drawn from a Dataset: a language model's logits are as wide as its vocabulary
 GUARD = 2  # the held-out set of examples of another source
 GUARD_SHARE = 4  # examples of another source that also do: at most a quarter of the calibration examples
 
@@ -142,10 +143,13 @@ def _collate(
         )
     chosen = data.select(even_positions(len(data), samples, seed)).select_columns(keep)
     rows = sorted((chosen[i] for i in range(len(chosen))), key=_length)  # little padding
-    return [
-        {k: v for k, v in collator(rows[start : start + batch_size]).items() if isinstance(v, torch.Tensor)}
-        for start in range(0, len(rows), batch_size)
-    ]
+    groups: list[list[Any]] = [[]]
+    for row in rows:
+        if len(groups[-1]) == batch_size or (len(groups[-1]) + 1) * _length(row) > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    collated = (collator(group) for group in groups if group)
+    return [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in collated]
 
 
 def _length(row: Mapping[str, Any]) -> int:

@@ -48,7 +48,7 @@ def hf_prune(**fields: Any) -> Callable[[Task], Prepared]:
         plan = functools.cache(analysis.plan)
         return Prepared(
             cut=lambda model, keep: apply(model, analysis, plan(keep)).model,
-            identity=lambda keep: f"{plan(keep).hash} {analysis.config.repair}",
+            identity=lambda keep: f"{plan(keep).hash} {analysis.config.criterion} {analysis.config.repair}",
         )
 
     return prepare
