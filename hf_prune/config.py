@@ -68,7 +68,7 @@ class PruningConfig:
     )
     criterion: Criterion | None = field(
         default=None,
-        metadata=_help("Importance score. Default: fisher where there is a loss, else hessian."),
+        metadata=_help("Importance score. Default: fisher_obs where there is a loss, else hessian."),
     )
     shapes: Shapes = field(
         default="stock",

@@ -244,7 +244,7 @@ def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table:
 def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
     loss = has_loss(model, batches)
     if config.criterion is None:
-        return "fisher" if loss else "hessian"
+        return "fisher_obs" if loss else "hessian"
     if CRITERIA[config.criterion].needs_loss and not loss:
         raise ValueError(
             f"criterion={config.criterion!r} needs a loss, and {type(model).__name__} with targets "

@@ -92,8 +92,8 @@ METHODS: tuple[Method, ...] = (
     Method("hf_prune stock", hf_prune(shapes="stock")),
     Method("hf_prune uniform", hf_prune(shapes="uniform"), tasks=CLASSIFICATION),
     Method("hf_prune per_layer", hf_prune(shapes="per_layer")),
-    preset("kwon2022"),
-    preset("kprune"),
+    preset("kwon2022", tasks=CLASSIFICATION),  # both papers are about encoders
+    preset("kprune", tasks=CLASSIFICATION, note="scored once, not again before each sublayer"),
     preset("flap", tasks=CLASSIFICATION),
     preset(
         "flap", tasks=("llm",), repair="none", note="without its bias compensation: Llama has no biases to put it in"
