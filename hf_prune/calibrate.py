@@ -20,7 +20,7 @@ from .batches import Batch, forward_inputs, token_mask
 from .families import Attention
 from .importance import Criterion, SiteStatistics
 from .layerwise import OUTPUT
-from .losses import example_losses, with_drawn_labels
+from .losses import example_losses, predicts_tokens, with_drawn_labels
 from .plan import PruningPlan, SiteKey
 from .sites import Site, consumer, get, input_axis, output_axis, ups
 
@@ -168,7 +168,9 @@ def _gates(
         site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
     }
     each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites}
-    tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites if site.active}
+    # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
+    weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
+    tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in weighed}
     examples = sum(batch.size for batch in batches)
     draw_labels = generator if criterion.labels == "model" else None
     for batch in tqdm(batches, desc="scoring", leave=False):
@@ -178,8 +180,8 @@ def _gates(
             found[key]["gate_abs"] += gradient.abs().sum(0) / examples
             if "examples" in criterion.needs:
                 each[key].append(gradient)
-        for key, square in seen.tokens.items():
-            tokens[key].append(square)
+        for key, squares in tokens.items():
+            squares.append(seen.tokens[key])
     for site in sites:
         known = {key: value.cpu() for key, value in found[site.key].items()}
         gate = torch.cat(each[site.key]).cpu() if each[site.key] else None

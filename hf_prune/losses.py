@@ -26,6 +26,12 @@ def has_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> bool:
     return all(batch.targets for batch in batches) or _is_causal_lm(model)
 
 
+def predicts_tokens(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether every token has a prediction of its own (language models, token labels), not the example."""
+    labels = _labels(model, batch)
+    return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
 def _is_causal_lm(model: PreTrainedModel) -> bool:
     # transformers names no loss type for GPT2LMHeadModel and falls back to the causal one
     named = getattr(model, "loss_type", None) == "ForCausalLM" or "LMHeadModel" in type(model).__name__

@@ -174,5 +174,5 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Metric)) == {"macs", "params", "latency"}
     assert set(get_args(Scope)) == {"model", "blocks"}
     assert set(get_args(Shapes)) == {"stock", "uniform", "per_layer"}
-    assert set(get_args(Repair)) == {"least_squares", "bias", "none"}
+    assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
     assert UNIT_CHOICES == ("heads", "kv_groups", "neurons")
