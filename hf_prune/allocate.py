@@ -194,7 +194,8 @@ def _offers(
             ranking = replace(ranking, gates=together)
         rankings.update({site.key: ranking for site in coupled})
     rankings = _with_common_counts(groups, rankings)
-    return groups, rankings, [_table(members, rankings, costs) for members in groups]
+    tables = [_table(members, rankings, costs) for members in groups]
+    return groups, rankings, [_alike(table) for table in tables] if config.allocation == "ratio" else tables
 
 
 def _ranking(
@@ -271,6 +272,15 @@ def _table(members: Sequence[Site], rankings: Mapping[SiteKey, Ranking], costs: 
     loss = sum(ranking.losses() for ranking in distinct.values())
     cost = sum(_costs(site, rankings[site.key], costs) for site in members)
     return Table(np.asarray(loss), np.asarray(cost))
+
+
+def _alike(table: Table) -> Table:
+    """The table whose least loss takes the same fraction from every group: cost · (fraction removed)².
+
+    At a given total cost the sum of c·f² over groups of cost c is least where every fraction f is the same.
+    """
+    dense = table.cost.max()
+    return replace(table, loss=(dense - table.cost) ** 2 / max(dense, 1e-30))
 
 
 def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:

@@ -28,6 +28,7 @@ Criterion = Literal[
     "random",
 ]
 Shapes = Literal["stock", "uniform", "per_layer"]
+Allocation = Literal["loss", "ratio"]
 Repair = Literal["least_squares", "rescale", "bias", "none"]
 UNIT_CHOICES = ("heads", "kv_groups", "neurons")
 
@@ -77,6 +78,13 @@ class PruningConfig:
             "layer of a stack; 'per_layer': each layer its own counts."
         ),
     )
+    allocation: Allocation = field(
+        default="loss",
+        metadata=_help(
+            "How much to take from where: 'loss' takes what loses the least score at the cost; 'ratio' takes the same "
+            "fraction everywhere, as several published methods do. Which units go is by score in both."
+        ),
+    )
     align: int | None = field(
         default=None,
         metadata=_help("Round kept FFN widths to this multiple. Default: 32 on CPU, 64 on GPU, less for narrow FFNs."),
@@ -107,6 +115,7 @@ class PruningConfig:
         if self.metric == "latency" and self.scope == "blocks":
             raise ValueError("scope='blocks' with metric='latency': whole forward passes are timed. Use scope='model'.")
         _choice("shapes", self.shapes, get_args(Shapes))
+        _choice("allocation", self.allocation, get_args(Allocation))
         _choice("repair", self.repair, get_args(Repair))
         if self.criterion is not None:
             _choice("criterion", self.criterion, get_args(Criterion))
@@ -163,7 +172,7 @@ class PruningConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # weights only, L2 norm of a unit's weights (Han et al. 2015, as structured pruning uses it)
-    "magnitude": {"criterion": "magnitude", "repair": "none", "shapes": "uniform"},
+    "magnitude": {"criterion": "magnitude", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
     # Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1: heads by |gate gradient|
     "michel2019": {"criterion": "taylor", "repair": "none", "shapes": "per_layer", "units": ["heads"]},
     # Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers": diagonal Fisher for a MAC target,
@@ -172,11 +181,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Park et al. 2024, "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models" (K-prune)
     "kprune": {"criterion": "kprune", "repair": "least_squares", "shapes": "per_layer"},
     # An et al. 2024 (FLAP) section 4 calls the structured form of Wanda (Sun et al. 2023) Wanda-sp
-    "wanda-sp": {"criterion": "activation", "repair": "none", "shapes": "uniform"},
+    "wanda-sp": {"criterion": "activation", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
     # An et al. 2024, "Fluctuation-based Adaptive Structured Pruning": WIFV score, bias compensation
     "flap": {"criterion": "fluctuation", "repair": "bias", "shapes": "per_layer"},
     # Ma et al. 2023, "LLM-Pruner", section 3.2: first-order Taylor of the loss
-    "llm-pruner": {"criterion": "taylor", "repair": "none", "shapes": "uniform"},
+    "llm-pruner": {"criterion": "taylor", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
 }
 
 

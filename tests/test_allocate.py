@@ -245,3 +245,19 @@ def test_standard_scores_have_equal_spread_and_none_is_negative():
     assert all(value.std() == pytest.approx(1) for value in found.values())
     for key, value in found.items():
         assert value.argsort().tolist() == scores[key].argsort().tolist()
+
+
+@pytest.mark.parametrize("shapes", ["uniform", "per_layer"])
+def test_ratio_takes_the_same_fraction_everywhere(shapes):
+    """Whatever the scores say about how much each site matters."""
+    anatomy = describe(tiny_model("bert"))
+    g = torch.Generator().manual_seed(0)
+    scores = {s.key: torch.rand(s.heads or s.columns, generator=g) * 10.0**i for i, s in enumerate(anatomy.sites)}
+    config = PruningConfig(keep=0.7, metric="params", shapes=shapes, allocation="ratio")
+    plan = allocate(anatomy, scores, config, align=1)
+    removed = [1 - len(site.kept) / site.of for site in plan.sites]
+    coarsest = max(1 / site.of for site in plan.sites)
+    assert max(removed) - min(removed) <= coarsest
+    for site in plan.sites:
+        kept = scores[site.key][list(site.kept)]
+        assert kept.min() >= scores[site.key].sort(descending=True).values[len(site.kept) - 1]

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import hf_prune
 from hf_prune import PruningConfig
-from hf_prune.config import PRESETS, UNIT_CHOICES, Criterion, Metric, Repair, Scope, Shapes
+from hf_prune.config import PRESETS, UNIT_CHOICES, Allocation, Criterion, Metric, Repair, Scope, Shapes
 from hf_prune.families import FAMILIES
 from hf_prune.importance import CRITERIA
 
@@ -104,7 +104,7 @@ def test_every_family_has_a_tiny_config():
 FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
     "shapes": "per_layer", "align": 16, "repair": "bias", "calibration_samples": 64, "calibration_seed": 3,
-    "sequence_length": 77, "latency_batch_size": 4,
+    "sequence_length": 77, "latency_batch_size": 4, "allocation": "ratio",
 }  # fmt: skip
 
 
@@ -173,6 +173,7 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Criterion)) == set(CRITERIA)
     assert set(get_args(Metric)) == {"macs", "params", "latency"}
     assert set(get_args(Scope)) == {"model", "blocks"}
+    assert set(get_args(Allocation)) == {"loss", "ratio"}
     assert set(get_args(Shapes)) == {"stock", "uniform", "per_layer"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
     assert UNIT_CHOICES == ("heads", "kv_groups", "neurons")

@@ -101,7 +101,7 @@ METHODS: tuple[Method, ...] = (
     preset("wanda-sp"),
     preset("llm-pruner"),
     preset("magnitude"),
-    Method("random", hf_prune(criterion="random", repair="none", shapes="uniform")),
+    Method("random", hf_prune(criterion="random", repair="none", shapes="uniform", allocation="ratio")),
     tp("L2", "GroupMagnitudeImportance"),
     tp("Taylor", "GroupTaylorImportance"),
     opti("PPM", "MAW", tasks=ALL),  # its name for "PPM" where data may be given
