@@ -138,7 +138,8 @@ def allocate(
     dense = costs.total(dense_counts(anatomy))
     if config.keep == 1:  # all stays, also what scores nothing
         return _plan(anatomy, [_everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
-    comparable = _comparable(scores, across)
+    sizes = {key: costs.units[key].site(*count) for key, count in dense_counts(anatomy).items()}
+    comparable = _comparable(scores, across, sizes)
     groups, rankings, tables = _offers(anatomy, comparable, config, align, costs, gates or {})
     chosen = _knapsack(tables, config.keep * dense - costs.fixed)
     if chosen is None:
@@ -163,14 +164,16 @@ def reachable(anatomy: Anatomy, config: PruningConfig, align: int, measured: Cos
     return float(least / costs.total(dense_counts(anatomy)))
 
 
-def _comparable(scores: Scores, across: str) -> dict[SiteKey, np.ndarray]:
+def _comparable(scores: Scores, across: str, sizes: Mapping[SiteKey, float]) -> dict[SiteKey, np.ndarray]:
+    """Scores of all sites on one scale; `sizes` are what the whole sites cost."""
     values = {key: score.double().numpy() for key, score in scores.items()}
     if across == "sum":
         values = {key: value / max(value.sum(), 1e-30) for key, value in values.items()}
     elif across == "standard":
         values = {key: (value - value.mean()) / max(value.std(), 1e-30) for key, value in values.items()}
         least = min(value.min() for value in values.values())
-        values = {key: value - least for key, value in values.items()}  # nothing is worth less than nothing
+        # the lowest go first whatever they cost: a unit is worth its height above the lowest, times its cost
+        values = {key: (value - least) * sizes[key] / len(value) for key, value in values.items()}
     return values
 
 

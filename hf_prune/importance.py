@@ -112,7 +112,8 @@ class Criterion:
 
     `needs`: "gradients" (their mean square and mean absolute value), "examples" (each example's own), "moments" (mean
     and square of the inputs), "gram". `across` says how scores of different sites and kinds are made comparable: "as
-    they are", divided by the site's "sum", or "standard": zero mean and unit variance over the site. `labels`: those
+    they are", divided by the site's "sum", or "standard": zero mean and unit variance over the site, and the lowest go
+    first whatever they cost (FLAP, section 4.2). `labels`: those
     of the "data", or drawn from the "model" (then E[gg'] is the curvature of the KL divergence from the dense model).
     """
 

@@ -237,13 +237,15 @@ def test_rearrangement_removes_units_that_cancel_out():
     assert rearranged(gates, 1) == (2,)
 
 
-def test_standard_scores_have_equal_spread_and_none_is_negative():
+def test_standard_scores_have_equal_spread_and_the_lowest_go_first_whatever_they_cost():
     g = torch.Generator().manual_seed(0)
     scores = {("encoder", i, "ffn"): torch.rand(20, generator=g) * 10**i + i for i in range(3)}
-    found = _comparable(scores, "standard")
-    assert min(value.min() for value in found.values()) == 0
-    assert all(value.std() == pytest.approx(1) for value in found.values())
-    for key, value in found.items():
+    sizes = {key: 20.0 * 7**index for index, key in enumerate(scores)}
+    found = _comparable(scores, "standard", sizes)
+    a_cost = {key: value / (sizes[key] / 20) for key, value in found.items()}
+    assert min(value.min() for value in a_cost.values()) == 0
+    for key, value in a_cost.items():
+        assert value.std() == pytest.approx(1)
         assert value.argsort().tolist() == scores[key].argsort().tolist()
 
 
