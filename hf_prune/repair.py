@@ -12,7 +12,7 @@ Kwon et al. 2022, section 3.4.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,12 @@ class Moments:
         self.residual.addmm_(residual.T, a)
         self.target_square += (own + residual).square().sum()
         self.tokens += len(x)
+
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments(len(self.own), len(self.gram) - self.has_bias, self.has_bias, self.gram.device)
+        for name in ("gram", "own", "residual", "target_square", "tokens"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
 
     def error(self, weight: torch.Tensor) -> float:
         """Mean over tokens of ‖A W'ᵀ - (own + r)‖² for weight W' [D, S]."""
@@ -132,14 +138,21 @@ def refit(
     blends: Sequence[float] = BLENDS,
     ridges: Sequence[float] = RIDGES,
 ) -> Refit:
-    """Least squares with the ridge and blend of least held-out error; the plain cut [D, S] where none is better."""
+    """Least squares with the ridge and blend of least held-out error; the plain cut [D, S] where none is better.
+
+    Once they are chosen, the rows of the first held-out set, drawn like the others, are fitted as well. The errors are
+    those of the choice, before that.
+    """
     shortage = max(1.0, TOKENS_A_COLUMN * weight.shape[1] / max(calibration.tokens, 1))
     candidates = (
         (candidate, ridge * shortage, blend)
         for ridge in (ridges if calibration.tokens else ())
         for blend, candidate in zip(blends, solve(weight, calibration, ridge * shortage, blends), strict=True)
     )
-    return best_of(weight, candidates, held_out)
+    best = best_of(weight, candidates, held_out)
+    if best.ridge is None or best.blend is None:
+        return best
+    return replace(best, weight=solve(weight, calibration + held_out[0], best.ridge, [best.blend])[0])
 
 
 def rescale(weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments], columns_a_unit: int) -> Refit:

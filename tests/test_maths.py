@@ -156,6 +156,17 @@ def test_refit_picks_the_best_candidate_on_held_out_rows():
     assert result.error_after < result.error_before == pytest.approx(held_out.error(layer.start))
 
 
+def test_the_chosen_refit_is_fitted_to_the_held_out_rows_too():
+    layer, other = Layer(tokens=2000), Layer(tokens=2000)
+    other.x = other.x.flip(0) * 1.1
+    result = refit(layer.start, layer.moments, [other.moments])
+    both = Layer(tokens=4000)
+    both.weight, both.bias = layer.weight, layer.bias
+    both.x, both.residual = torch.cat([layer.x, other.x]), torch.cat([layer.residual, other.residual])
+    expected = solve(layer.start, both.moments, result.ridge, [result.blend])[0]
+    torch.testing.assert_close(result.weight, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_refit_refuses_what_does_not_help():
     """Held-out rows where the plain cut is already exact: nothing can be better."""
     layer, other = Layer(), Layer(seed=1)
