@@ -33,7 +33,7 @@ from hf_prune.costs import cost_model, dense_counts, planned_counts
 from hf_prune.families import FFN
 from hf_prune.importance import CRITERIA
 from hf_prune.losses import example_losses
-from hf_prune.oneshot import analyze, record_of
+from hf_prune.oneshot import analyze, apply, record_of
 from hf_prune.sequential import improvement
 from hf_prune.sites import consumer, find_sites, get, input_axis
 
@@ -589,3 +589,31 @@ def test_no_head_picks_hessian():
     data = [batch, *(tiny_batch(model, batch=32, seed=s) for s in (1, 2, 3))]
     result = prune(model, data, PruningConfig(keep=0.7, metric="params"))
     assert result.report["criterion"] == "hessian"
+
+
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_a_guard_scores_nothing_and_refuses_repairs(class_name):
+    """Nothing is scored or fitted on the guard; where it demands the impossible, every refit is refused."""
+    model = tiny(class_name)
+    data = [tiny_batch(model, batch=32, seed=seed) for seed in range(4)]
+    other = [tiny_batch(model, batch=32, seed=9)]
+    config = PruningConfig(keep=0.75, metric="params", shapes="uniform")
+    alone, guarded = analyze(model, data, config), analyze(model, data, config, guard=other)
+    assert [batch.held_out.unique().tolist() for batch in guarded.batches][-1] == [2]
+    assert all(torch.equal(score, guarded.scores[key]) for key, score in alone.scores.items())
+    free = apply(copy.deepcopy(model), alone).report["repairs"]
+    bound = apply(copy.deepcopy(model), guarded).report["repairs"]
+    assert sum(r["accepted"] for r in bound) <= sum(r["accepted"] for r in free)
+    assert any(r["accepted"] for r in free)
+
+
+def test_repairs_of_language_models_weigh_all_tokens_alike():
+    """Each token predicts the next: none is more real than another. A classifier's tokens differ."""
+    for class_name, weighed in (
+        ("LlamaForCausalLM", False),
+        ("BertForMaskedLM", False),
+        ("BertForSequenceClassification", True),
+    ):
+        model = tiny(class_name)
+        found = analyze(model, [tiny_batch(model, batch=32)], PruningConfig(keep=0.75, metric="params"))
+        assert bool(found.tokens) == weighed, class_name
