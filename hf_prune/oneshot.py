@@ -110,19 +110,21 @@ def analyze(
     return analysis
 
 
-def _score_(model: PreTrainedModel, analysis: Analysis) -> None:
-    """Run the statistics pass, and fill in what it found."""
+def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = False) -> None:
+    """Run the statistics pass, and fill in what it found; `only_tokens`: just what the repair weighs tokens by."""
     anatomy, config = analysis.anatomy, analysis.config
     criterion = CRITERIA[str(config.criterion)]
     units = choose_units(anatomy, config)
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
     scored = [batch for batch in analysis.batches if (batch.held_out < GUARD).all()]
-    for site, found in statistics(model, anatomy.sites, sizes, scored, criterion, config.calibration_seed):
-        analysis.scores[site.key] = _score(site, criterion, found, model.dtype)
-        if found.gate is not None:
-            analysis.gates[site.key] = found.gate
+    wanted = replace(criterion, needs=("gradients",)) if only_tokens else criterion
+    for site, found in statistics(model, anatomy.sites, sizes, scored, wanted, config.calibration_seed):
         if found.tokens is not None:
             analysis.tokens[site.key] = found.tokens
+        if not only_tokens:
+            analysis.scores[site.key] = _score(site, criterion, found, model.dtype)
+        if found.gate is not None:
+            analysis.gates[site.key] = found.gate
 
 
 def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, data_collator: Any, guard: Any) -> Any:
@@ -180,7 +182,7 @@ def prune(
     analysis = Analysis(anatomy, config, batches, config.align or 1)
     by_loss = config.criterion is not None and CRITERIA[config.criterion].needs_loss
     if config.repair == "least_squares" and by_loss and has_loss(model, batches):
-        _score_(model, analysis)  # the repair weighs tokens by their gradients
+        _score_(model, analysis, only_tokens=True)
     return apply(model, analysis, plan)
 
 

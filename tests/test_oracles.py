@@ -617,3 +617,14 @@ def test_repairs_of_language_models_weigh_all_tokens_alike():
         model = tiny(class_name)
         found = analyze(model, [tiny_batch(model, batch=32)], PruningConfig(keep=0.75, metric="params"))
         assert bool(found.tokens) == weighed, class_name
+
+
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_a_replayed_plan_gives_the_same_model(class_name):
+    model = tiny(class_name)
+    data = [tiny_batch(model, batch=32, seed=seed) for seed in range(2)]
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    plan = prune(first, data, PruningConfig(keep=0.75, metric="params", shapes="uniform")).plan
+    prune(second, data, plan=plan)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
