@@ -1,9 +1,9 @@
 """What a forward pass costs on this device, measured: one layer of each kind is timed at a grid of counts.
 
-A site's saving at a count is that of its layer, all else dense, as a fraction of the dense layer's time; the layers'
-share of a pass of the model, which is known from a pass with marks around them, makes it a fraction of the model's. So
-the dense total is the measured one, and savings add up. All is timed in turn, round after round, and medians are kept;
-the table is cached per device and setting.
+A site's saving at a count is that of its layer, timed alone with all else dense. A layer alone finds its weights in the
+processor's caches and a model does not, so the whole model is timed too, with every site at a few shares of its counts,
+and savings are scaled to that. So the dense total is the measured one, and savings add up. All is timed in turn, round
+after round, and medians are kept; the table is cached per device and setting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +40,16 @@ from .surgery import cut_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1
+FORMAT = 2
 POINTS = 12  # counts timed per site, at most
 ROUNDS, WARMUP = 15, 1  # over all counts and the dense model
+LEVELS, LEVEL_ROUNDS = (2 / 3, 1 / 3, 0.0), 9  # shares of the counts at which the whole model is timed, descending
 PASSES, SHORT = 3, 0.01  # timed in a row at each count after one that warms up; one where a pass takes these seconds
 WATCH_ROUNDS = 15  # before and after a cut
 BUSY = 1.25  # median over fastest dense pass, beyond which a table is used with a warning and not cached
 TOLERANCE = 0.1  # of the asked fraction, beyond which a cut that missed it warns
 Inputs = dict[str, Any]
+Level = tuple[float, float]  # of what the sites alone can save, the part saved; of the dense pass, the part still taken
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -184,14 +186,20 @@ class Bench:
 
     def cut(self, site: Site, groups: int, each: int) -> tuple[Bench, Site]:
         """The same with the layer cut, in place, to the first units of one site; and that site as it is now."""
-        if not site.is_attention:
-            cut_(self.layer, site, "neuron", range(groups))
-            return self, replace(site, columns=groups)
-        share, heads = site.heads // site.kv_heads, groups * each
-        cut_(self.layer, site, "head", [g * share + i for g in range(groups) for i in range(each)])
+        left = _cut_first_(self.layer, site, groups, each)
         handed_on = getattr(site.row, "head_argument", None)
-        kwargs = {k: v[:, :heads] if k == handed_on and v is not None else v for k, v in self.kwargs.items()}
-        return replace(self, kwargs=kwargs), replace(site, columns=heads * site.head_dim, heads=heads, kv_heads=groups)
+        kwargs = {k: v[:, : left.heads] if k == handed_on and v is not None else v for k, v in self.kwargs.items()}
+        return replace(self, kwargs=kwargs), left
+
+
+def _cut_first_(layer: nn.Module, site: Site, groups: int, each: int) -> Site:
+    """Cut a layer to the first units of one site, neurons or KV groups with query heads; the site as it is now."""
+    if not site.is_attention:
+        cut_(layer, site, "neuron", range(groups))
+        return replace(site, columns=groups)
+    share, heads = site.heads // site.kv_heads, groups * each
+    cut_(layer, site, "head", [g * share + i for g in range(groups) for i in range(each)])
+    return replace(site, columns=heads * site.head_dim, heads=heads, kv_heads=groups)
 
 
 def _walk(dense: Bench, site: Site, grid: Grid) -> np.ndarray:
@@ -225,53 +233,66 @@ def _measure(
 ) -> LatencyTable:
     same = _stand_ins(model, anatomy)
     distinct = {site.key: site for site in same.values()}
-    layers = {site.path: model.get_submodule(site.path) for site in anatomy.sites if site.active}
     whole: list[float] = []
-    shares: list[float] = []
     walks: dict[SiteKey, list[np.ndarray]] = {key: [] for key in distinct}
     with quiet(model), torch.inference_mode():
         inputs = _inputs(model, anatomy, config)
         benches = {key: Bench.of(model, site, inputs) for key, site in distinct.items()}
         for _ in tqdm(range(WARMUP + ROUNDS), desc="latency of the layers", leave=False):
             whole.append(timed(model, **inputs))
-            shares.append(share_of(list(layers.values()), model, inputs))
             for key, site in distinct.items():
                 walks[key].append(_walk(benches[key], site, grids[key]))
-    medians = {key: np.median(rounds[WARMUP:], axis=0) for key, rounds in walks.items()}
-    alone = {key: medians[stand_in.key] for key, stand_in in same.items()}
+        medians = {key: monotone(np.median(rounds[WARMUP:], axis=0)) for key, rounds in walks.items()}
+        alone = {key: medians[stand_in.key] for key, stand_in in same.items()}
+        levels = list(_levels(model, anatomy, grids, alone, inputs))
     dense = statistics.median(whole[WARMUP:])
-    scale = dense * statistics.median(shares[WARMUP:]) / _dense_layers(anatomy, alone)
-    ms = {site.key: 1000 * scale * alone.get(site.key, np.zeros((1, 1))) for site in anatomy.sites}
-    return replace(_table(1000 * dense, ms, grids), spread=dense / min(whole[WARMUP:]))
+    ms = {site.key: alone.get(site.key, np.zeros((1, 1))) for site in anatomy.sites}
+    return replace(_table(1000 * dense, ms, levels, grids), spread=dense / min(whole[WARMUP:]))
 
 
-def _dense_layers(anatomy: Anatomy, alone: Mapping[SiteKey, np.ndarray]) -> float:
-    """Seconds of all layers, each timed alone; a layer has a time for each of its sites."""
-    layers: dict[str, list[float]] = {}
-    for site in anatomy.sites:
-        if site.active:
-            layers.setdefault(site.path, []).append(float(alone[site.key][-1, -1]))
-    return sum(map(statistics.mean, layers.values()))
+def _levels(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    grids: Mapping[SiteKey, Grid],
+    alone: Mapping[SiteKey, np.ndarray],
+    inputs: Inputs,
+) -> Iterator[Level]:
+    """The whole model with all sites at a level's share of their counts.
+
+    The copies of its layers shrink from level to level: at most the first level's share is held beside the model.
+    """
+    sites = {site.key: site for site in anatomy.sites if site.active}
+    layers: dict[str, nn.Module] = {}
+    most = sum(float(seconds[-1, -1] - seconds[0, 0]) for seconds in alone.values())
+    for level in tqdm(LEVELS, desc="latency of the model", leave=False):
+        saved = 0.0
+        for path in dict.fromkeys(site.path for site in sites.values()):
+            if path not in layers:
+                layers[path] = copy.deepcopy(model.get_submodule(path))
+            for key, site in sites.items():
+                if site.path == path:
+                    i, j = (round(level * (len(counts) - 1)) for counts in (grids[key].groups, grids[key].each))
+                    sites[key] = _cut_first_(layers[path], site, grids[key].groups[i], grids[key].each[j])
+                    saved += float(alone[key][-1, -1] - alone[key][i, j])
+        ratios = []
+        for _ in range(WARMUP + LEVEL_ROUNDS):
+            dense = timed(model, **inputs)
+            with swapped(model, layers):
+                ratios.append(timed(model, **inputs) / dense)
+        yield saved / max(most, 1e-30), statistics.median(ratios[WARMUP:])
 
 
-def share_of(layers: Sequence[nn.Module], model: nn.Module, inputs: Inputs) -> float:
-    """The fraction of one pass that the model spends in its layers, however slow the machine is meanwhile."""
-    marks: list[float] = []
-
-    def mark(module: nn.Module, *_: Any) -> None:
-        _synchronize(next(module.parameters()).device)
-        marks.append(time.perf_counter())
-
-    handles = [layer.register_forward_pre_hook(mark) for layer in layers]
-    handles += [layer.register_forward_hook(mark) for layer in layers]
+@contextlib.contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other layers at these paths; its own are back afterwards."""
+    own = {path: model.get_submodule(path) for path in layers}
     try:
-        mark(model)
-        model(**inputs)
-        mark(model)
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return (sum(marks[2:-1:2]) - sum(marks[1:-1:2])) / (marks[-1] - marks[0])
+        for path, layer in own.items():
+            model.set_submodule(path, layer)
 
 
 def _inputs(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> Inputs:
@@ -280,13 +301,25 @@ def _inputs(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> 
     return forward_inputs(model, Batch(inputs, {}, torch.empty(0)))
 
 
-def _table(dense_ms: float, ms: Mapping[SiteKey, np.ndarray], grids: Mapping[SiteKey, Grid]) -> LatencyTable:
+def _table(
+    dense_ms: float, alone: Mapping[SiteKey, np.ndarray], levels: Sequence[Level], grids: Mapping[SiteKey, Grid]
+) -> LatencyTable:
+    """The table whose sites share the time of a model as their layers do alone, and sum up to it at every level.
+
+    Args:
+        alone: seconds of a site's layer at every count of the site, [groups, each], never less for more.
+        levels: see `_levels`.
+    """
+    savings = {key: seconds - seconds[0, 0] for key, seconds in alone.items()}
+    most = max(sum(float(seconds[-1, -1]) for seconds in savings.values()), 1e-30)
+    kept = [*(1 - saved for saved, _ in reversed(levels)), 1.0]
+    takes = np.maximum.accumulate([*(taken for _, taken in reversed(levels)), 1.0]).clip(max=1.0)
     units = {}
-    for key, measured in ms.items():
-        smooth = monotone(measured)
-        units[key] = MeasuredCost(grids[key].groups, grids[key].each, (smooth - smooth[0, 0]).tolist())
-    removable = sum(cost.ms[-1][-1] for cost in units.values())
-    return LatencyTable("latency", dense_ms - removable, units)
+    for key, seconds in savings.items():
+        whole = float(seconds[-1, -1])
+        curve = np.interp(seconds / max(whole, 1e-30), kept, takes - takes[0])
+        units[key] = MeasuredCost(grids[key].groups, grids[key].each, (dense_ms * whole / most * curve).tolist())
+    return LatencyTable("latency", dense_ms * float(takes[0]), units)
 
 
 def monotone(ms: np.ndarray) -> np.ndarray:

@@ -21,9 +21,10 @@ FLAGS = {
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
     "prune": (
-        "--align --calibration-samples --calibration-seed --criterion --data --debug --device-map --dry-run --dtype "
-        "--help --keep --label-column --latency-batch-size --metric --model-type --out --overwrite --preset "
-        "--remote-code --repair --revision --scope --sequence-length --shapes --split --task --text-column --units"
+        "--align --allocation --calibration-samples --calibration-seed --criterion --data --debug --device-map "
+        "--dry-run --dtype --help --keep --label-column --latency-batch-size --metric --model-type --out --overwrite "
+        "--preset --remote-code --repair --revision --scope --sequence-length --shapes --split "
+        "--task --text-column --units"
     ),
 }
 
@@ -192,7 +193,6 @@ def test_latency_is_shown_in_milliseconds(mode, bert, labelled, tmp_path, capsys
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "timed", lambda module, *_, **__: sum(p.numel() for p in module.parameters()) * 1e-6)
-    monkeypatch.setattr(latency, "share_of", lambda *_: 0.5)
     arguments = ["--metric", "latency", "--latency-batch-size", "2", "--keep", "0.9,0.8", "--shapes", "uniform"]
     assert main(["prune", bert, "--data", labelled, *arguments, *CUT, *mode]) == 0
     shown = [int(share) for share in re.findall(r"[\d.]+ ms \((\d+)%\)", capsys.readouterr().out)]

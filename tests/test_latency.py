@@ -40,11 +40,7 @@ def clockwork(monkeypatch):
         module(*args, **kwargs)
         return sum(p.numel() for p in module.parameters()) * 1e-6
 
-    def share_of(layers, model, inputs):
-        return sum(p.numel() for layer in layers for p in layer.parameters()) / (1000 * dense_ms(model))
-
     monkeypatch.setattr(latency, "timed", timed)
-    monkeypatch.setattr(latency, "share_of", share_of)
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WARMUP", 0)
     monkeypatch.setattr(latency, "WATCH_ROUNDS", 1)
@@ -92,28 +88,36 @@ def test_savings_add_up_and_fewer_units_never_cost_more(monkeypatch):
     assert table.total(dense) - table.total(least) == pytest.approx(sum(saved.values()))
 
 
-def test_only_the_share_of_the_layers_can_be_saved(clockwork, monkeypatch):
-    """Half the share, half the saving; the dense total is as measured."""
+def test_what_the_whole_model_saves_is_believed_over_its_layers(clockwork, monkeypatch):
+    """Half the saving at every level, half of every saving; the dense total is as measured."""
     model = tiny("BertForMaskedLM")
     anatomy = describe(model)
     dense, least = dense_counts(anatomy), {s.key: (1, 1) if s.is_attention else (8, 0) for s in anatomy.sites}
+    between = {s.key: (2, 2) if s.is_attention else (24, 0) for s in anatomy.sites}
     first = latency_table(model, anatomy, CONFIG, align=8)
-    honest = latency.share_of
-    monkeypatch.setattr(latency, "share_of", lambda *args: honest(*args) / 2)
+    honest = latency.timed
+    total = sum(p.numel() for p in model.parameters())
+
+    def slower(module, *args, **kwargs):
+        seconds = honest(module, *args, **kwargs)
+        return (seconds + total * 1e-6) / 2 if module is model else seconds
+
+    monkeypatch.setattr(latency, "timed", slower)
     second = latency_table(model, anatomy, replace(CONFIG, latency_batch_size=2), align=8)
     assert second.total(dense) == pytest.approx(first.total(dense))
-    saved = first.total(dense) - first.total(least)
-    assert second.total(dense) - second.total(least) == pytest.approx(saved / 2)
+    for counts in (least, between):
+        saved = first.total(dense) - first.total(counts)
+        assert second.total(dense) - second.total(counts) == pytest.approx(saved / 2)
 
 
-def test_the_share_of_the_layers(monkeypatch):
-    """A clock that ticks once a look: start, two marks a layer, end."""
-    ticks = itertools.count()
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(ticks)))
-    model = tiny("BertForMaskedLM", num_hidden_layers=3)
+def test_other_layers_for_a_while():
+    model = tiny("BertForMaskedLM")
     before = snapshot(model)
-    inputs = latency.random_inputs(model, 1, 12)
-    assert latency.share_of(list(model.bert.encoder.layer), model, inputs) == 3 / 7
+    path, own = "bert.encoder.layer.1", model.bert.encoder.layer[1]
+    other = torch.nn.Identity()
+    with latency.swapped(model, {path: other}):
+        assert model.bert.encoder.layer[1] is other
+    assert model.bert.encoder.layer[1] is own
     assert list(changed(before, model)) == []
 
 
@@ -234,7 +238,7 @@ def test_a_corrupt_table_is_measured_again(damage, clockwork, cache):
 
 
 def test_a_table_of_a_busy_machine_is_not_cached(clockwork, cache, monkeypatch):
-    speed = iter([1.0, 2.0, 3.0])
+    speed = itertools.chain([1.0, 2.0, 3.0], itertools.repeat(1.0))
     honest = latency.timed
     monkeypatch.setattr(latency, "ROUNDS", 3)
     monkeypatch.setattr(latency, "timed", lambda m, *a, **k: honest(m, *a, **k) * (next(speed) if m is model else 1.0))
