@@ -5,6 +5,8 @@ Shapes: n tokens, S kept input columns of the consumer and one more where it has
 The refit solves W' = argmin ‖A W'ᵀ - R‖² + λ‖W' - W_S‖² (bias unpenalised). R blends two targets: *own*, the dense
 projection of all inputs (kept and cut) in the pruned stream; and *residual*, which adds r = (dense stream after the
 sublayer) - (pruned stream before it) - own, and so also corrects what went wrong below.
+What a sublayer reads is set right too, as far as a linear map can: an identity in front of its first matrices is
+refitted in the same way, from the pruned stream to the dense one, and folded into them.
 Sources: OBS (Hassibi & Stork 1993), whose many-column form W G_:S G_SS⁻¹ is the own target without a ridge;
 Kwon et al. 2022, section 3.4.
 """
@@ -153,6 +155,20 @@ def refit(
     if best.ridge is None or best.blend is None:
         return best
     return replace(best, weight=solve(weight, calibration + held_out[0], best.ridge, [best.blend])[0])
+
+
+def fold(matrix: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
+    """The matrix [P, D] that reads x as `matrix` reads the adapted x; where it has a bias, as last column of both.
+
+    Args:
+        adapter: [D, D], or [D, D+1] with an offset as last column, then `matrix` has a bias too.
+    """
+    width = len(adapter)
+    folded, bias = matrix[:, :width].double() @ adapter.double(), matrix[:, width:].double()
+    if adapter.shape[1] > width:
+        folded[:, width:] += bias
+        return folded
+    return torch.cat([folded, bias], 1)
 
 
 def rescale(weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments], columns_a_unit: int) -> Refit:

@@ -29,16 +29,18 @@ from .repair import (
     ChannelSums,
     Moments,
     Refit,
+    fold,
     refit,
     refit_channels,
     rescale,
     shift_bias,
     token_weights,
 )
-from .sites import Site, input_axis
+from .sites import Site, input_axis, readers
 from .surgery import cut_, kept_columns
 
 Sums = TypeVar("Sums")
+Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
 
 
 @dataclass
@@ -62,36 +64,66 @@ class StackRepair:
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
         """Cut and repair all layers in place; one report per cut site."""
         reports = []
+        diverged = any(not torch.equal(a, b) for a, b in zip(self.dense.states, self.pruned.states, strict=True))
         progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
         for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
-            targets = self._advance_dense(index, layer, here)
+            reads, targets = self._advance_dense(index, layer, here)
             self._advanced = False
             for position, site in enumerate(here):
-                wanted = targets.pop(site.kind)  # as large as a stream: let go when done
+                read, wanted = reads.pop(site.kind), targets.pop(site.kind)  # as large as a stream: let go when done
+                realigned = diverged and self.method == "least_squares" and self._realign_(index, layer, site, read)
                 if not self.plan[site.key].is_identity:
-                    reports.append(self._site_(index, layer, here[: position + 1], wanted, site is here[-1]))
+                    report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
+                    reports.append(report | {"realigned": realigned})
+                    diverged = True
             if not self._advanced:
                 self._advance_pruned(index, layer)
         return reports
 
-    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> dict[str, list[torch.Tensor]]:
-        """Run the dense layer; per batch, what the stream is behind each sublayer (post-LN: before its norm)."""
-        targets: dict[str, list[torch.Tensor]] = {site.kind: [] for site in sites}
+    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
+        """Run the dense layer. By sublayer and batch: what it reads, and the stream behind it (post-LN: before its
+        norm)."""
+        reads: Streams = {site.kind: [] for site in sites}
+        targets: Streams = {site.kind: [] for site in sites}
+        first = {site.kind: readers(layer, site)[0] for site in sites}
         wanted = [path for site in sites for path in {site.row.consumer, _end(site)}]
         for batch, state in enumerate(self.dense.states):
-            seen = layerwise.run(layer, state, self.dense.kwargs[index][batch], outputs_of=wanted)
+            arguments = self.dense.kwargs[index][batch]
+            seen = layerwise.run(layer, state, arguments, inputs_of=list(first.values()), outputs_of=wanted)
             for site in sites:
                 if site.row.consumer in seen:
                     part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
                     summed = state + seen[part].view_as(state)
                     state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
+                    reads[site.kind].append(seen[first[site.kind]])
                     targets[site.kind].append(summed)
             self.dense.states[batch] = seen[OUTPUT]
-        return targets
+        return reads, targets
 
     def _advance_pruned(self, index: int, layer: nn.Module) -> None:
         for batch, state in enumerate(self.pruned.states):
             self.pruned.states[batch] = layerwise.run(layer, state, self.pruned.kwargs[index][batch])[OUTPUT]
+
+    def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
+        """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
+        fold it into the matrices that read, if held-out error falls."""
+        modules: list[Any] = [layer.get_submodule(path) for path in readers(layer, site)]
+        first = readers(layer, site)[0]
+        width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
+        has_bias = all(module.bias is not None for module in modules)
+        sums = [Moments(width, width, has_bias, device) for _ in range(self._sets)]
+        for batch, wanted in enumerate(dense):
+            arguments = self.pruned.kwargs[index][batch]
+            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=[first], stop_at=first)
+            for moments, examples in self._by_set(sums, batch):
+                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[first], wanted))
+                moments.add(x, y, torch.zeros_like(y))
+        identity = torch.eye(width, width + has_bias, device=device)
+        found = refit(identity, sums[0], sums[1:], (0.0,))
+        if found.accepted:
+            for module in modules:
+                set_matrix_(module, fold(matrix_of(module), found.weight))
+        return found.accepted
 
     def _site_(
         self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool

@@ -105,6 +105,14 @@ def ups(layer: nn.Module, row: FFN) -> tuple[str, ...]:
     raise ValueError(f"{type(layer).__name__} has none of {row.up}: the family row does not fit this model.")
 
 
+def readers(layer: nn.Module, site: Site) -> tuple[str, ...]:
+    """The paths of the matrices that read the stream in front of a sublayer (keys and values of cross-attention read
+    the encoder)."""
+    if not isinstance(site.row, Attention):
+        return ups(layer, site.row)
+    return (site.row.q,) if site.kind == "cross_attention" else tuple(dict.fromkeys(site.row.producers))
+
+
 def input_axis(linear: nn.Module) -> int:
     """Axis of `weight` that the input runs along: 1 for nn.Linear [out, in], 0 for GPT-2's Conv1D [in, out]."""
     return 0 if type(linear).__name__ == "Conv1D" else 1
