@@ -24,7 +24,7 @@ from hf_prune.importance import (
     random,
 )
 from hf_prune.losses import _draw
-from hf_prune.repair import ChannelSums, Moments, refit, refit_channels, rescale, shift_bias, solve, token_weights
+from hf_prune.repair import ChannelSums, Moments, fold, refit, refit_channels, rescale, shift_bias, solve, token_weights
 from hf_prune.sequential import matrix_of, set_matrix_
 from hf_prune.sites import consumer
 
@@ -165,6 +165,21 @@ def test_the_chosen_refit_is_fitted_to_the_held_out_rows_too():
     both.x, both.residual = torch.cat([layer.x, other.x]), torch.cat([layer.residual, other.residual])
     expected = solve(layer.start, both.moments, result.ridge, [result.blend])[0]
     torch.testing.assert_close(result.weight, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("has_offset", "has_bias"), [(True, True), (False, True), (False, False)])
+def test_a_folded_matrix_reads_what_the_adapter_gives(has_offset, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, adapter, offset, x = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 4), (5, 1), (4, 4), (4, 1), (3, 4))
+    )
+    adapted = x @ adapter.T + (offset.T if has_offset else 0)
+    expected = adapted @ weight.T + (bias.T if has_bias else 0)
+    matrix = torch.cat([weight, bias], 1) if has_bias else weight
+    found = fold(matrix, torch.cat([adapter, offset], 1) if has_offset else adapter)
+    assert found.shape == matrix.shape
+    torch.testing.assert_close(x @ found[:, :4].T + (found[:, 4] if has_bias else 0), expected)
 
 
 def test_refit_refuses_what_does_not_help():

@@ -11,9 +11,11 @@ from tiny import FAMILY_NAMES, cut_everywhere, tiny_batch, tiny_model
 from hf_prune import describe, layerwise
 from hf_prune.anatomy import quiet
 from hf_prune.batches import draw, forward_inputs, token_mask
+from hf_prune.calibrate import rows_of
 from hf_prune.oneshot import _by_layer, _layers
 from hf_prune.plan import PruningPlan
 from hf_prune.sequential import StackRepair
+from hf_prune.sites import readers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens:UserWarning")
 
@@ -55,3 +57,45 @@ def test_both_streams_end_where_the_models_do(family: str, what: str) -> None:
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_what_a_sublayer_reads_is_set_right(family: str) -> None:
+    """A stream that was mixed by a matrix: what every sublayer of a layer makes of it comes closer to the dense one,
+    and keys and values of cross-attention, which read another stream, are left alone."""
+    model = tiny_model(family)
+    anatomy = describe(model)
+    stack = anatomy.sites[-1].stack
+    batches = draw(model, [tiny_batch(model, batch=64, seed=seed) for seed in range(4)], samples=256, seed=0)
+    layers = _layers(model, anatomy, stack)
+    sites = [site for site in _by_layer(anatomy, stack)[0] if site.active]
+    with quiet(model), torch.no_grad():
+        dense = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
+        mixed = dense.copy()
+        width = dense.states[0].shape[-1]
+        mixing = torch.eye(width) + 0.5 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width
+        mixed.states = [state @ mixing for state in dense.states]
+        masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
+        work = StackRepair(cut_everywhere(anatomy), "least_squares", dense, mixed, masks, held_out)
+
+        def made(stream: layerwise.Stream, path: str) -> torch.Tensor:
+            runs = zip(stream.states, stream.kwargs[0], masks, strict=True)
+            return torch.cat(
+                [
+                    rows_of(layerwise.run(layers[0], state, kwargs, (), [path])[path], mask)
+                    for state, kwargs, mask in runs
+                ]
+            )
+
+        wanted = {path: made(dense, path) for site in sites for path in readers(layers[0], site)}
+        reads, _ = work._advance_dense(0, layers[0], sites)
+        dense.states = []  # was advanced
+        for site in sites:
+            before = {path: (made(mixed, path) - wanted[path]).square().mean() for path in readers(layers[0], site)}
+            others = {name: value.clone() for name, value in layers[0].state_dict().items()}
+            assert work._realign_(0, layers[0], site, reads[site.kind])
+            for path, error in before.items():
+                now = (made(mixed, path) - wanted[path]).square().mean()
+                assert now < (error / 2 if site is sites[0] else error), path
+            changed = {name for name, value in layers[0].state_dict().items() if not torch.equal(value, others[name])}
+            assert {name.rpartition(".")[0] for name in changed} == set(before)
