@@ -288,11 +288,16 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
     own = {path: model.get_submodule(path) for path in layers}
     try:
         for path, layer in layers.items():
-            model.set_submodule(path, layer)
+            _set(model, path, layer)
         yield
     finally:
         for path, layer in own.items():
-            model.set_submodule(path, layer)
+            _set(model, path, layer)
+
+
+def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
 
 
 def _inputs(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> Inputs:
