@@ -19,6 +19,7 @@ Criterion = Literal[
     "fisher_model",
     "fisher_block",
     "fisher_obs",
+    "fisher_obs_root",
     "kprune",
     "taylor",
     "magnitude",
@@ -69,7 +70,10 @@ class PruningConfig:
     )
     criterion: Criterion | None = field(
         default=None,
-        metadata=_help("Importance score. Default: fisher_obs where there is a loss, else hessian."),
+        metadata=_help(
+            "Importance score. Default: fisher_obs_root for losses over tokens (language models), fisher_obs for other "
+            "losses, hessian without a loss."
+        ),
     )
     shapes: Shapes = field(
         default="stock",

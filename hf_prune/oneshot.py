@@ -25,7 +25,7 @@ from .config import PruningConfig
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
 from .layout import KEY, write_
-from .losses import has_loss
+from .losses import has_loss, predicts_tokens
 from .plan import PruningPlan, SiteKey
 from .sequential import StackRepair
 from .sites import Site
@@ -246,7 +246,8 @@ def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table:
 def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
     loss = has_loss(model, batches)
     if config.criterion is None:
-        return "fisher_obs" if loss else "hessian"
+        by_token = any(predicts_tokens(model, batch) for batch in batches)
+        return "hessian" if not loss else "fisher_obs_root" if by_token else "fisher_obs"
     if CRITERIA[config.criterion].needs_loss and not loss:
         raise ValueError(
             f"criterion={config.criterion!r} needs a loss, and {type(model).__name__} with targets "

@@ -17,6 +17,7 @@ from hf_prune.importance import (
     SiteStatistics,
     activation,
     fisher_obs,
+    fisher_obs_root,
     fluctuation,
     hessian,
     kprune,
@@ -326,6 +327,19 @@ def test_combined_criteria_by_hand():
     torch.testing.assert_close(kprune(s), gate / 2 + REPRESENTATION * outputs)
     product = gate * hessian(s)
     torch.testing.assert_close(fisher_obs(s), product / product.sum() * gate.sum())
+    torch.testing.assert_close(fisher_obs_root(s), product.sqrt() / product.sqrt().sum() * gate.sum())
+
+
+def test_units_that_stand_out_do_not_make_the_others_free():
+    """One neuron with a thousand times the gradients and the inputs of 99 others: removing those costs what they have
+    of the site's Fisher by its root, and next to nothing by the product."""
+    scale = torch.ones(100)
+    scale[0] = 1000
+    gram = torch.diag(scale) + 1e-6
+    s = SiteStatistics(100, torch.ones(4, 100), torch.ones(100), gate_square=scale, gram=gram)
+    shares = [score(s)[1:].sum() / scale.sum() for score in (fisher_obs, fisher_obs_root)]
+    assert shares[0] < 1e-3
+    assert 0.05 < shares[1] < 0.2
 
 
 def test_labels_are_drawn_as_the_model_predicts():

@@ -321,7 +321,16 @@ def assert_same_scores(a, b):
         assert ((a[key] - b[key]).abs().max() / scale).item() <= 1e-3, key
 
 
-CRITERIA_ON_DATA = ["fisher", "fisher_block", "fisher_obs", "taylor", "activation", "fluctuation", "hessian"]
+CRITERIA_ON_DATA = [
+    "fisher",
+    "fisher_block",
+    "fisher_obs",
+    "fisher_obs_root",
+    "taylor",
+    "activation",
+    "fluctuation",
+    "hessian",
+]
 
 
 def usable(class_name):
@@ -581,6 +590,22 @@ def test_data_is_not_modified(family):
     for batch, original in zip(data, copies, strict=True):
         assert batch.keys() == original.keys()
         assert all(torch.equal(batch[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "criterion"),
+    [
+        ("BertForSequenceClassification", "fisher_obs"),
+        ("BertForQuestionAnswering", "fisher_obs"),
+        ("ViTForImageClassification", "fisher_obs"),
+        ("BertForTokenClassification", "fisher_obs_root"),
+        ("BertForMaskedLM", "fisher_obs_root"),
+        ("LlamaForCausalLM", "fisher_obs_root"),
+    ],
+)
+def test_the_loss_picks_the_criterion(class_name, criterion):
+    model = tiny(class_name)
+    assert analyze(model, [tiny_batch(model)], PruningConfig(keep=1.0)).config.criterion == criterion
 
 
 def test_no_head_picks_hessian():
