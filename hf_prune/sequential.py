@@ -107,16 +107,16 @@ class StackRepair:
     def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
         """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
         fold it into the matrices that read, if held-out error falls."""
-        modules: list[Any] = [layer.get_submodule(path) for path in readers(layer, site)]
-        first = readers(layer, site)[0]
+        paths = readers(layer, site)
+        modules: list[Any] = [layer.get_submodule(path) for path in paths]
         width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
         has_bias = all(module.bias is not None for module in modules)
         sums = [Moments(width, width, has_bias, device) for _ in range(self._sets)]
         for batch, wanted in enumerate(dense):
             arguments = self.pruned.kwargs[index][batch]
-            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=[first], stop_at=first)
+            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=paths[:1], stop_at=paths[0])
             for moments, examples in self._by_set(sums, batch):
-                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[first], wanted))
+                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[paths[0]], wanted))
                 moments.add(x, y, torch.zeros_like(y))
         identity = torch.eye(width, width + has_bias, device=device)
         found = refit(identity, sums[0], sums[1:], (0.0,))
