@@ -12,6 +12,7 @@ from tables import good, keeps_in, names_in, where
 Cell = dict[str, Any]
 Point = tuple[float, float]
 MARKERS = "osD^v<>PX*hp8d"
+LOG_SPAN = 50  # a logarithmic axis ends at this many times its least value: what is beyond is of no use
 
 
 def plot(cells: list[Cell], out: Path) -> list[Path]:
@@ -61,7 +62,10 @@ def _perplexity(cells: list[Cell]) -> list[tuple[str, str, str, Callable[[list[C
     def point(text: str) -> Callable[[list[Cell]], Point | None]:
         return lambda same: (same[0]["size"]["params_model"] / 1e6, _mean(same, f"perplexity_{text}"))
 
-    return [(t.title(), "parameters (M)", "perplexity (log scale)", point(t)) for t in ("brown", "austen")]
+    return [
+        (t.title(), "parameters (M)", f"perplexity (log scale; beyond {LOG_SPAN} × dense not shown)", point(t))
+        for t in ("brown", "austen")
+    ]
 
 
 def _draw(cells: list[Cell], panels: list[Any], path: Path) -> Path:
@@ -79,6 +83,8 @@ def _draw(cells: list[Cell], panels: list[Any], path: Path) -> Path:
         axis.grid(alpha=0.3)
         if "log" in y:
             axis.set_yscale("log")
+            least = min(y for line in axis.lines for y in line.get_ydata())
+            axis.set_ylim(0.9 * least, LOG_SPAN * least)
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -188,7 +188,9 @@ IMDB = Settings(
     keeps=(0.5, 0.3), seeds=(0,), length=256, calibration=512, source="imdb", train_rows=2000, validation_rows=500,
     latency=((1, 256), (8, 256)), runs=5,
 )  # fmt: skip
-LLM = Settings(keeps=(0.9, 0.8, 0.7, 0.5), seeds=(0,), length=256, calibration=64, cost_keep=0.8)
+LLM = Settings(
+    keeps=(0.9, 0.8, 0.7, 0.5), seeds=(0,), length=256, calibration=64, windows=8, items=25, cost_keep=0.8
+)  # fmt: skip
 
 TASKS: dict[str, tuple[Callable[[str, Settings, Path, int], Task], Settings]] = {
     "encoder": (classifier, ENCODER),
