@@ -50,20 +50,22 @@ def fisher_obs(s: SiteStatistics) -> torch.Tensor:
 
     The gradients know what matters to the loss, the OBS error what the other units cannot take over in the repair.
     """
-    return _with_sum_of_fisher(s, _given(s.gate_square) * hessian(s))
+    fisher, product = _given(s.gate_square), _given(s.gate_square) * hessian(s)
+    return product * (fisher.sum() / product.sum().clamp_min(1e-30))
 
 
 def fisher_obs_root(s: SiteStatistics) -> torch.Tensor:
-    """The same order within a site, by the geometric mean of Fisher and OBS error; the site's Fisher as their sum.
+    """The same order within a site, by the geometric mean of both; their sum is the Fisher that repair leaves.
 
-    A product is as uneven as both together: where a few neurons of a layer stand out, as the massive activations of
-    language models do, the others would seem free, and the layer would be emptied.
+    A product is as uneven as its factors together: where a few neurons of a layer stand out, as the massive activations
+    of language models do, all others would seem free, and the layer would be emptied. What repair leaves of a unit's
+    Fisher is taken to be the part of its output's square that the others cannot take over.
     """
-    return _with_sum_of_fisher(s, (_given(s.gate_square) * hessian(s)).clamp_min(0).sqrt())
-
-
-def _with_sum_of_fisher(s: SiteStatistics, score: torch.Tensor) -> torch.Tensor:
-    return score * (_given(s.gate_square).sum() / score.sum().clamp_min(1e-30))
+    fisher, error = _given(s.gate_square), hessian(s).clamp_min(0)
+    output = s.per_unit(_given(s.gram).diagonal() * s.weight.square().sum(0))  # mean over tokens of its square
+    left = (fisher * error / output.clamp_min(1e-30)).sum()
+    root = (fisher * error).sqrt()
+    return root * (left / root.sum().clamp_min(1e-30))
 
 
 def kprune(s: SiteStatistics) -> torch.Tensor:

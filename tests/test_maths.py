@@ -327,7 +327,9 @@ def test_combined_criteria_by_hand():
     torch.testing.assert_close(kprune(s), gate / 2 + REPRESENTATION * outputs)
     product = gate * hessian(s)
     torch.testing.assert_close(fisher_obs(s), product / product.sum() * gate.sum())
-    torch.testing.assert_close(fisher_obs_root(s), product.sqrt() / product.sqrt().sum() * gate.sum())
+    alone = ((x[:, None] * weight) ** 2).mean(0).sum(0).view(3, 2).sum(1)  # of each column, not taken over by others
+    left = (gate * hessian(s) / alone).sum()
+    torch.testing.assert_close(fisher_obs_root(s), product.sqrt() / product.sqrt().sum() * left)
 
 
 def test_units_that_stand_out_do_not_make_the_others_free():
