@@ -50,8 +50,9 @@ def fisher_obs(s: SiteStatistics) -> torch.Tensor:
 
     The gradients know what matters to the loss, the OBS error what the other units cannot take over in the repair.
     """
-    fisher, product = _given(s.gate_square), _given(s.gate_square) * hessian(s)
-    return product * (fisher.sum() / product.sum().clamp_min(1e-30))
+    by_loss, by_error = _given(s.gate_square), hessian(s)
+    product = by_loss * by_error
+    return product * (by_loss.sum() / product.sum().clamp_min(1e-30))
 
 
 def fisher_obs_root(s: SiteStatistics) -> torch.Tensor:
@@ -61,10 +62,10 @@ def fisher_obs_root(s: SiteStatistics) -> torch.Tensor:
     of language models do, all others would seem free, and the layer would be emptied. What repair leaves of a unit's
     Fisher is taken to be the part of its output's square that the others cannot take over.
     """
-    fisher, error = _given(s.gate_square), hessian(s).clamp_min(0)
+    by_loss, by_error = _given(s.gate_square), hessian(s).clamp_min(0)
     output = s.per_unit(_given(s.gram).diagonal() * s.weight.square().sum(0))  # mean over tokens of its square
-    left = (fisher * error / output.clamp_min(1e-30)).sum()
-    root = (fisher * error).sqrt()
+    left = (by_loss * by_error / output.clamp_min(1e-30)).sum()
+    root = (by_loss * by_error).sqrt()
     return root * (left / root.sum().clamp_min(1e-30))
 
 
