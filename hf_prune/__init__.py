@@ -13,17 +13,35 @@ from .checkpoint import install_loader
 if TYPE_CHECKING:
     from .anatomy import describe
     from .checkpoint import save_pretrained
-    from .config import PruningConfig
+    from .config import DistillationConfig, PruningConfig
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
+    from .trainer import PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
 
-__all__ = ["PruneResult", "PruningConfig", "PruningPlan", "analyze", "describe", "measure", "prune", "save_pretrained"]
+__all__ = [
+    "DistillationConfig",
+    "PruneResult",
+    "PruningConfig",
+    "PruningMixin",
+    "PruningPlan",
+    "PruningSeq2SeqTrainer",
+    "PruningTrainer",
+    "analyze",
+    "describe",
+    "measure",
+    "prune",
+    "save_pretrained",
+]
 
 _HOME = {
+    "DistillationConfig": "config",
     "PruneResult": "oneshot",
     "PruningConfig": "config",
+    "PruningMixin": "trainer",
     "PruningPlan": "plan",
+    "PruningSeq2SeqTrainer": "trainer",
+    "PruningTrainer": "trainer",
     "analyze": "oneshot",
     "describe": "anatomy",
     "measure": "report.measure",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,7 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"save_pretrained takes a transformers PreTrainedModel, got {type(model).__name__}.")
     saved = model if model_type is None else as_model_type(model, model_type)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with beside(target) as temporary:
         saved.save_pretrained(temporary, **kwargs)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
@@ -107,14 +105,39 @@ def save_pretrained(
             record.plan.save(temporary / PLAN_FILE)
         if remote_code:
             _add_code(saved, temporary)
-        difference = _prove(model, type(saved), temporary, _proof_inputs(model, batches), remote_code)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        difference = prove(model, temporary, type(saved), batches, remote_code)
     return difference
 
 
-def _swap(temporary: Path, target: Path) -> None:
+@contextlib.contextmanager
+def beside(target: Path, keep_others: bool = False) -> Iterator[Path]:
+    """A directory beside `target` to write into: it takes the target's place at the end, or vanishes on an error.
+
+    Args:
+        keep_others: put the new files into a target that holds other things too, each by one atomic replacement.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        if keep_others and target.exists():
+            _move_into(temporary, target)
+        else:
+            swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(temporary: Path, target: Path) -> None:
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            final = target / path.relative_to(temporary)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(final)
+
+
+def swap(temporary: Path, target: Path) -> None:
     """Put a finished directory under its final name; what stood there is restored if that fails."""
     if not target.exists():
         temporary.rename(target)
@@ -147,15 +170,33 @@ def _proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.T
 
 
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    with quiet(model), torch.no_grad():
-        output = model(**inputs)
+    """In the precision of the weights, also where a Trainer has wrapped `forward` into another."""
+    wrapped = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None  # by accelerate
+    try:
+        with quiet(model), torch.no_grad():
+            output = model(**inputs)
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
     return [value.float().cpu() for value in output.to_tuple() if isinstance(value, torch.Tensor)]
 
 
-def _prove(
-    model: PreTrainedModel, cls: type[PreTrainedModel], directory: Path, inputs: Mapping[str, Any], remote_code: bool
+def prove(
+    model: PreTrainedModel,
+    directory: Path,
+    cls: type[PreTrainedModel] | None = None,
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    remote_code: bool = False,
 ) -> float:
-    """Reload and compare. Raises RuntimeError where any output differs by more than the dtype's rounding."""
+    """Open a directory as users will and compare the outputs with those of the model in memory.
+
+    Returns:
+        The largest difference, relative to the largest value.
+
+    Raises:
+        RuntimeError: a difference beyond the dtype's rounding.
+    """
+    cls, inputs = cls or type(model), _proof_inputs(model, batches)
     opener: Any = cls
     options: dict[str, Any] = {"dtype": model.dtype}
     if remote_code:

@@ -31,6 +31,7 @@ Criterion = Literal[
 Shapes = Literal["stock", "uniform", "per_layer"]
 Allocation = Literal["loss", "ratio"]
 Repair = Literal["least_squares", "rescale", "bias", "none"]
+Schedule = Literal["constant", "linear", "cubic"]
 UNIT_CHOICES = ("heads", "kv_groups", "neurons")
 
 
@@ -109,6 +110,27 @@ class PruningConfig:
         ),
     )
     latency_batch_size: int = field(default=1, metadata=_help("Examples per forward pass whose latency is measured."))
+    rounds: int = field(
+        default=1, metadata=_help("Rounds of cut, repair and training that PruningTrainer takes to reach `keep`.")
+    )
+    schedule: Schedule = field(
+        default="cubic",
+        metadata=_help(
+            "What remains after each of several rounds: 'constant' takes the same fraction of what is left, 'linear' "
+            "the same amount, 'cubic' much at first and little at the end."
+        ),
+    )
+    recovery: float = field(
+        default=0.5,
+        metadata=_help("Share of the training steps after the last of several rounds, 0 < recovery < 1."),
+    )
+    rewind_to: str | None = field(
+        default=None,
+        metadata=_help(
+            "Checkpoint of an early step of the dense training: after a cut, PruningTrainer puts its weights back into "
+            "what was kept, and trains those (lottery ticket rewinding)."
+        ),
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not math.isfinite(self.keep) or not 0 < self.keep <= 1:
@@ -121,6 +143,9 @@ class PruningConfig:
         _choice("shapes", self.shapes, get_args(Shapes))
         _choice("allocation", self.allocation, get_args(Allocation))
         _choice("repair", self.repair, get_args(Repair))
+        _choice("schedule", self.schedule, get_args(Schedule))
+        if not 0 < self.recovery < 1:
+            raise ValueError(f"recovery={self.recovery!r}: the share of the steps must satisfy 0 < recovery < 1.")
         if self.criterion is not None:
             _choice("criterion", self.criterion, get_args(Criterion))
         if self.units is not None:
@@ -134,6 +159,7 @@ class PruningConfig:
             ("sequence_length", 1),
             ("align", 1),
             ("latency_batch_size", 1),
+            ("rounds", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -172,6 +198,59 @@ class PruningConfig:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump({"pruning": self.to_dict()}, sort_keys=False)
+
+
+@dataclass
+class DistillationConfig:
+    """What a pruned model learns from its teacher, beside the task: weights of the terms of the loss.
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (logits); Jiao et al. 2020, "TinyBERT" (hidden
+    states). A term of weight 0 is not computed.
+
+    Raises:
+        ValueError: a field is out of its allowed set.
+    """
+
+    teacher: str | None = field(
+        default=None,
+        metadata=_help(
+            "Directory or Hub id of the teacher. Default: the model itself, as it was before the cut."
+        ),
+    )
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata=_help("Precision in which the teacher runs. Default: as it is.")
+    )
+    task_weight: float = field(default=0.5, metadata=_help("Weight of the task loss."))
+    logits_weight: float = field(
+        default=0.5, metadata=_help("Weight of KL(teacher, student) at `temperature`, times its square.")
+    )
+    temperature: float = field(default=2.0, metadata=_help("What both sides' logits are divided by."))
+    hidden_weight: float = field(
+        default=1.0,
+        metadata=_help("Weight of the squared error of the hidden states, relative to the teacher's mean square."),
+    )
+    attention_weight: float = field(
+        default=0.0, metadata=_help("Weight of the same for what each attention sublayer adds to the stream.")
+    )
+    layer_map: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "The teacher's layer for each layer of the student, from 0. Default: the same, or evenly over a deeper "
+            "teacher."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        weights = ("task_weight", "logits_weight", "hidden_weight", "attention_weight")
+        for name in weights:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)!r}: a weight is a number of at least 0.")
+        if not any(getattr(self, name) for name in weights[1:]):
+            raise ValueError("All distillation weights are 0. Give one, or train with distillation=None.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: must be above 0.")
+        if self.teacher_dtype is not None:
+            _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

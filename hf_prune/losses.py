@@ -63,6 +63,24 @@ def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.T
     return _sequence_loss(model, logits.float(), labels)
 
 
+def predictions(model: PreTrainedModel, output: Any, batch: Batch) -> list[torch.Tensor]:
+    """Logits at everything that the batch labels, as rows [n, V] over which a softmax is a prediction.
+
+    A regressed value stays alone in its row (V = 1); each label of several at once has a row [logit, 0].
+    """
+    if "start_positions" in batch.targets and hasattr(output, "start_logits"):
+        return [_real(output.start_logits, batch), _real(output.end_logits, batch)]
+    logits, labels = output.logits, _labels(model, batch)
+    if _is_causal_lm(model) and labels is not None:
+        return [logits[:, :-1][labels[:, 1:] != IGNORE]]
+    if logits.dim() == 3:
+        return [logits[labels != IGNORE] if labels is not None else logits.flatten(0, 1)]
+    problem = None if labels is None else _problem(model, logits, labels)
+    if problem == "multi_label_classification":
+        return [torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1)]
+    return [logits.reshape(-1, 1) if problem == "regression" else logits]
+
+
 def with_drawn_labels(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Batch:
     """The batch with labels drawn from what the model predicts, at the tokens that are labelled.
 

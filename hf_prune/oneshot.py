@@ -199,7 +199,7 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     repairs = [] if plan.is_identity else _cut_and_repair_(model, analysis, plan)
     if not plan.is_identity:
         write_(model, _summary(model, plan, composed, config))
-    model._hf_prune = Record(composed, _proof_rows(analysis.batches))  # type: ignore[assignment]
+    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None)  # type: ignore[assignment]
     report = {
         **plan.cost,
         "criterion": config.criterion,

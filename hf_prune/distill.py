@@ -1,0 +1,191 @@
+"""Losses between a pruned model and its teacher.
+
+Shapes: B examples, T tokens, D hidden width, V classes or vocabulary, n rows, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from .batches import Batch, forward_inputs, token_mask
+from .config import DistillationConfig
+from .families import family_for
+from .losses import predictions
+from .plan import SiteKey
+from .sites import consumer, find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 2**24  # logits of which the divergence is formed at a time
+HIDDEN = "hidden"
+ATTENTION = ("attention", "cross_attention")
+
+
+# --- maths -----------------------------------------------------------------------------------------------------------
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, chunk: int = CHUNK) -> torch.Tensor:
+    """KL(teacher, student) at a temperature, times its square, mean over rows. student, teacher: [n, V] -> scalar.
+
+    Formed in fp32, `chunk` logits at a time and again in the backward pass, so that nothing as wide as the vocabulary
+    is kept besides the logits (Hinton et al. 2015, section 2). A row of one value is a regression: its squared error.
+    """
+    if not len(student):
+        return student.sum() * 0.0
+    if student.shape[-1] == 1:
+        return functional.mse_loss(student.float(), teacher.float())
+    rows = max(chunk // student.shape[-1], 1)
+    parts = [
+        checkpoint(_divergence, s, t, temperature, use_reentrant=False)
+        for s, t in zip(student.split(rows), teacher.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(student)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    ours = (student.float() / temperature).log_softmax(-1)
+    theirs = (teacher.float() / temperature).log_softmax(-1)
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+
+
+def relative_error(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Squared error over the teacher's mean square, at real tokens. [B, T, D], [B, T, D], [B*T] -> scalar.
+
+    Relative, so that one weight serves models and layers whose states differ by orders of magnitude.
+    """
+    ours, theirs = (x.reshape(-1, x.shape[-1]).float() for x in (student, teacher))
+    if mask is not None:
+        ours, theirs = ours[mask], theirs[mask]
+    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def layer_map(student: int, teacher: int, given: Sequence[int] | None) -> list[int]:
+    """The teacher's layer for each of the student's.
+
+    Raises:
+        ValueError: a given map of another length, or to layers that the teacher has not; a teacher less deep.
+
+    >>> layer_map(3, 6, None)
+    [1, 3, 5]
+    """
+    if given is not None:
+        if len(given) != student or not all(0 <= layer < teacher for layer in given):
+            raise ValueError(
+                f"layer_map={list(given)}: give one of the teacher's layers 0..{teacher - 1} for each of the "
+                f"student's {student}."
+            )
+        return list(given)
+    if teacher < student:
+        raise ValueError(
+            f"The teacher has {teacher} layers, the student {student}: give layer_map, or set hidden_weight=0 and "
+            "attention_weight=0."
+        )
+    return [(i + 1) * teacher // student - 1 for i in range(student)]
+
+
+# --- a student and its teacher ---------------------------------------------------------------------------------------
+
+
+def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
+    """Raise ValueError unless the teacher has the student's label or vocabulary space, and its hidden width."""
+    ours, theirs = student.config, teacher.config
+    words = student.get_output_embeddings() is not None
+    space = (lambda c: c.get_text_config().vocab_size) if words else (lambda c: c.num_labels)
+    what = "vocabulary" if words else "label space"
+    if config.logits_weight and space(ours) != space(theirs):
+        raise ValueError(
+            f"The teacher has another {what}: {space(theirs)} entries, the student has {space(ours)}. Give a teacher "
+            "of the same task, or set logits_weight=0."
+        )
+    if config.logits_weight and not words and _named(ours) and _named(theirs) and ours.id2label != theirs.id2label:
+        raise ValueError(
+            f"The teacher has another label space: {theirs.id2label}, the student {ours.id2label}. Give a teacher with "
+            "the same labels in the same order, or set logits_weight=0."
+        )
+    if config.hidden_weight or config.attention_weight:
+        a, b = ours.get_text_config().hidden_size, theirs.get_text_config().hidden_size
+        if a != b:
+            raise ValueError(
+                f"The teacher's hidden states are {b} wide, the student's {a}: they cannot be compared. Set "
+                "hidden_weight=0 and attention_weight=0."
+            )
+
+
+def _named(config: Any) -> bool:
+    """Whether the labels have names of their own, not LABEL_0, LABEL_1, ..."""
+    return any(name != f"LABEL_{i}" for i, name in config.id2label.items())
+
+
+@contextlib.contextmanager
+def watched(model: PreTrainedModel, hidden: bool, attention: bool) -> Iterator[dict[SiteKey, torch.Tensor]]:
+    """What a model's layers and attention sublayers give in its latest forward pass, by (stack, layer, kind)."""
+    seen: dict[SiteKey, torch.Tensor] = {}
+
+    def keep(key: SiteKey) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seen[key] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    sites = find_sites(model, family_for(model.config.model_type)) if hidden or attention else []
+    layers = {(site.stack, site.layer, HIDDEN): model.get_submodule(site.path) for site in sites if hidden}
+    sublayers = {site.key: consumer(model, site) for site in sites if attention and site.is_attention}
+    handles = [module.register_forward_hook(keep(key)) for key, module in (layers | sublayers).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Distillation:
+    """A frozen teacher, and the loss that it gives for a batch that the student has just seen."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
+        check_teacher(student, teacher, config)
+        self.config = config
+        self.teacher = teacher.eval().requires_grad_(False)
+        if config.teacher_dtype:
+            self.teacher.to(getattr(torch, config.teacher_dtype))
+
+    def watched(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[dict[SiteKey, torch.Tensor]]:
+        return watched(model, bool(self.config.hidden_weight), bool(self.config.attention_weight))
+
+    def loss(
+        self, student: PreTrainedModel, output: Any, batch: Batch, ours: Mapping[SiteKey, torch.Tensor]
+    ) -> torch.Tensor:
+        """The weighted sum of the terms, each a mean over the batch's labelled (logits) or real tokens. Scalar.
+
+        Args:
+            ours: what `watched` saw of the student in the same forward pass.
+        """
+        inputs = {k: v.to(self.teacher.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        with torch.no_grad(), self.watched(self.teacher) as theirs:
+            given = self.teacher(**forward_inputs(self.teacher, replace(batch, inputs=inputs)))
+        terms = []
+        if self.config.logits_weight:
+            pairs = zip(predictions(student, output, batch), predictions(student, given, batch), strict=True)
+            each = [divergence(a, b, self.config.temperature) for a, b in pairs]
+            terms.append(self.config.logits_weight * torch.stack(each).mean())
+        for kind, weight in (("hidden", self.config.hidden_weight), ("attention", self.config.attention_weight)):
+            if weight:
+                each = [relative_error(a, b, m) for a, b, m in self._pairs(student, batch, kind, ours, theirs)]
+                terms.append(weight * torch.stack(each).mean())
+        return torch.stack(terms).sum()
+
+    def _pairs(self, student: Any, batch: Batch, kind: str, ours: Any, theirs: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """(student's, teacher's, mask) for every layer."""
+        wanted = (HIDDEN,) if kind == "hidden" else ATTENTION
+        for stack, site in dict.fromkeys((key[0], key[2]) for key in ours if key[2] in wanted):
+            depths = [sum(key[0] == stack and key[2] == site for key in seen) for seen in (ours, theirs)]
+            mask = token_mask(student, batch, stack)
+            for layer, other in enumerate(layer_map(*depths, self.config.layer_map)):
+                yield ours[stack, layer, site], theirs[stack, other, site], mask

@@ -1,0 +1,542 @@
+"""PruningTrainer: a transformers Trainer that cuts, repairs and trains in rounds. The order of calls, no maths.
+
+A round is a run of the stock loop from a boundary: a checkpoint without optimizer states, which holds the weights after
+the cut, the step, and the state of the random generators. To go on with the next round and to resume after a kill are
+therefore the same thing; optimizer, warm-up and learning rate begin anew in each round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from .anatomy import describe
+from .batches import even_positions, forward_inputs, prepare
+from .checkpoint import beside, prove, swap
+from .config import DistillationConfig, PruningConfig
+from .costs import dense_counts
+from .costs import report as cost_report
+from .distill import Distillation
+from .losses import predictions
+from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
+from .plan import PruningPlan
+from .schedules import shares, targets
+
+STATE_FILE = "pruning_state.json"
+BASE = "base_model"  # beside adapters: the pruned weights that they belong to
+FORMAT = 1
+CALIBRATION_BATCH = 32  # examples at most
+
+
+@dataclass
+class Run:
+    """Where a run stands: what a checkpoint remembers beside the stock trainer's state."""
+
+    config: PruningConfig
+    dense_cost: dict[str, float]  # of the model handed in
+    cuts: int = 0
+    plan: PruningPlan | None = None  # all cuts so far, relative to the model handed in
+
+    def save(self, directory: Path) -> None:
+        plan = None if self.plan is None else self.plan.to_dict()
+        state = {"format": FORMAT, "config": self.config.to_dict(), "dense_cost": self.dense_cost, "cuts": self.cuts}
+        (directory / STATE_FILE).write_text(json.dumps({**state, "plan": plan}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Run:
+        found = json.loads((directory / STATE_FILE).read_text())
+        plan = None if found["plan"] is None else PruningPlan.from_dict(found["plan"])
+        return cls(PruningConfig.from_dict(found["config"]), found["dense_cost"], found["cuts"], plan)
+
+
+@dataclass
+class Round:
+    """One round of a run, and what the rounds before it leave to be reported at the end."""
+
+    number: int
+    of: int
+    start: int  # step
+    end: int
+    keep: float  # of the model handed in
+    started: float = 0.0  # the run, not the round
+    first_step: int = 0
+    loss: float = 0.0  # summed over the steps of earlier rounds
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.of - 1
+
+
+class RoundCallback(TrainerCallback):
+    """Ends a round at its step, and names the round beside the stock progress bar."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = self.trainer.round
+        for callback in self.trainer.callback_handler.callbacks if now else ():
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.set_description(f"round {now.number + 1}/{now.of}, keep {now.keep:.3g}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.round and state.global_step >= self.trainer.round.end:
+            control.should_training_stop = control.should_log = True
+
+
+class PruningMixin:
+    """What `PruningTrainer` adds to a Trainer; mix it into another: `class T(PruningMixin, SFTTrainer)`.
+
+    Args (besides the Trainer's):
+        pruning: how much, what, by which criterion, and in how many rounds. None: train as the stock Trainer does.
+        distillation: learn from a teacher, too.
+        teacher: the teacher; default: what `distillation.teacher` names, else this model as it was before the cut.
+        peft_config: train adapters on the pruned model.
+        merge_adapters: merge them at the end of `train`, so that a plain model is saved.
+        calibration_dataset: examples to score and repair with, in the form of `train_dataset`, which is the default.
+
+    Raises:
+        ValueError: a model or settings that cannot be pruned or taught. Nothing is changed before.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pruning: PruningConfig | None = None,
+        distillation: DistillationConfig | None = None,
+        teacher: PreTrainedModel | None = None,
+        peft_config: Any = None,
+        merge_adapters: bool = True,
+        calibration_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if hasattr(args[0] if args else kwargs.get("model"), "merge_and_unload"):
+            raise ValueError(
+                "The model has adapters, which cannot be cut. Merge them (model.merge_and_unload()), or give the plain "
+                "model and peft_config=."
+            )
+        if teacher is not None and distillation is None:
+            raise ValueError("teacher= without distillation=: give a DistillationConfig().")
+        if "peft_config" in inspect.signature(super().__init__).parameters:
+            kwargs["peft_config"] = peft_config
+        self.pruning = pruning
+        self.distillation = distillation
+        self.peft_config = peft_config
+        self.merge_adapters = merge_adapters
+        self.calibration_dataset = calibration_dataset
+        self.results: list[PruneResult] = []  # of each cut in this process
+        self.round: Round | None = None
+        self._run: Run | None = None
+        self._boundary: Path | None = None
+        self._teacher = teacher
+        self._distiller: Distillation | None = None
+        self._seen: Any = {}
+        super().__init__(*args, **kwargs)
+        self._check()
+        self.add_callback(RoundCallback(self))
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.pruning is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"A model that {name} shards cannot be cut. Cut it with hf_prune.prune() first and train the result "
+                f"with pruning=None, or use plain data parallelism (torchrun without {name})."
+            )
+        if self.pruning is not None and self.optimizer is not None:
+            raise ValueError(
+                "optimizers=(...) holds the weights as they are before the cut. Give optimizer_cls_and_kwargs=, or "
+                "TrainingArguments(optim=...)."
+            )
+        if self.distillation is not None and (self._teacher is not None or self.distillation.teacher):
+            self._teach()
+
+    def _teach(self) -> None:
+        """Make the teacher ready; without one of its own, the model teaches as it is now."""
+        if self.distillation is None or self._distiller is not None:
+            return
+        model = self._plain()
+        if self._teacher is None and self.distillation.teacher:
+            self._teacher = type(model).from_pretrained(self.distillation.teacher)
+        teacher = copy.deepcopy(model) if self._teacher is None else self._teacher
+        self._distiller = Distillation(model, teacher.to(model.device), self.distillation)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock `train`; `resume_from_checkpoint=True` with no complete checkpoint starts anew, with a warning.
+
+        Raises:
+            ValueError: the rounds do not fit into the steps; a checkpoint of another PruningConfig, or without one;
+                `keep` not reachable (see `hf_prune.prune`). All before training starts.
+        """
+        if self.pruning is not None:
+            resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
+            self._run = self._boundary = self.round = None
+            self.results = []
+            if self.model_init is not None:
+                self._distiller = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint(self, given: str | bool | None) -> str | None:
+        """The directory to resume from."""
+        if given is True:
+            found = complete_checkpoints(Path(self.args.output_dir))
+            if not found:
+                warnings.warn(f"No complete checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=3)
+                return None
+            given = str(found[-1])
+        if not given:
+            return None
+        if not _is_complete(Path(given)):
+            raise ValueError(f"{given} is no complete checkpoint of a run with pruning (no {STATE_FILE} in it).")
+        theirs, ours = Run.load(Path(given)).config.to_dict(), self.pruning.to_dict()
+        changed = {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
+        if changed:
+            raise ValueError(
+                f"{given} was made with another PruningConfig; (there, here): {changed}. Resume with the same, or "
+                "train into another output_dir."
+            )
+        return given
+
+    # --- rounds ------------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> Any:
+        self._teach()
+        loop = super()._inner_training_loop
+        if self.pruning is None:
+            with self._watching():
+                return loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+        boundary = Path(resume_from_checkpoint) if resume_from_checkpoint else self._boundary
+        self.state = self._first_state() if boundary is None else _state(boundary)
+        steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        self.state.train_batch_size = self._train_batch_size
+        self.state.compute_steps(self.args, steps)
+        ends = shares(steps, self.pruning.rounds, self.pruning.recovery)
+        keeps = targets(self.pruning.schedule, self.pruning.keep, self.pruning.rounds)
+        run = self._run = self._run or Run(self.pruning, self._cost())
+        started, first_step, loss, output, begun = time.time(), self.state.global_step, 0.0, None, False
+        with self._directory(trial) as directory:
+            for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
+                now = self.round = Round(number, len(ends), start, end, keep, started, first_step, loss)
+                if run.cuts <= number:
+                    self._cut_(run, now)
+                    boundary = self._boundary = self._write_boundary(run, directory)
+                elif self.state.global_step >= end and not now.is_last:
+                    continue  # resumed at the end of this round
+                with self._watching(), self._quiet_begin(begun):
+                    output = loop(batch_size, args, str(boundary), trial, ignore_keys_for_eval)
+                loss, begun = now.loss, True
+                if self.state.global_step < end:
+                    break  # a callback stopped the training
+        return output
+
+    def _first_state(self) -> TrainerState:
+        ranks = {
+            "is_local_process_zero": self.is_local_process_zero(),
+            "is_world_process_zero": self.is_world_process_zero(),
+        }
+        return TrainerState(stateful_callbacks=self.state.stateful_callbacks, **ranks)
+
+    @contextlib.contextmanager
+    def _quiet_begin(self, begun: bool) -> Iterator[None]:
+        """Let callbacks hear of one beginning, whatever the number of rounds."""
+        handler = self.callback_handler
+
+        def again(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_training_stop = False
+            return control
+
+        if begun:
+            handler.on_train_begin = again
+        try:
+            yield
+        finally:
+            handler.__dict__.pop("on_train_begin", None)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As the stock one, over the steps of this round: the learning rate is rewound for each (Renda et al. 2020)."""
+        if self.round is not None:
+            num_training_steps = self.round.end - self.round.start
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The best model is one of the last round: the others have other shapes."""
+        if self.round is not None and not self.round.is_last:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        now = self.round
+        if now is None:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        now.loss += self._total_loss_scalar
+        if not now.is_last and self.state.global_step >= now.end:
+            now.loss += self._tr_loss.item()
+            return None
+        self._total_loss_scalar, self._initial_global_step = now.loss, now.first_step
+        output = super()._finalize_training(trial, num_train_samples, now.started)
+        self.round = None
+        if self.merge_adapters:
+            self._release_()
+        return output
+
+    # --- the cut -----------------------------------------------------------------------------------------------------
+
+    def _plain(self) -> PreTrainedModel:
+        """The transformers model inside whatever wraps it, adapters included."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _release_(self) -> None:
+        """Leave the plain model, adapters merged, and nothing that was made for its earlier shapes."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload().requires_grad_(True)
+        self.accelerator.free_memory()
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+
+    def _adapt_(self) -> None:
+        """Put adapters on the plain model, if there are to be some."""
+        if self.peft_config is not None:
+            from peft import get_peft_model
+
+            self.model = self.model_wrapped = get_peft_model(self.model, copy.deepcopy(self.peft_config))
+
+    def _cost(self) -> dict[str, float]:
+        anatomy = describe(self._plain())
+        return cost_report(anatomy, dense_counts(anatomy), self.pruning.sequence_length)
+
+    def _cut_(self, run: Run, now: Round) -> None:
+        """Cut and repair to the round's target, deterministically: a resumed run does the same again."""
+        self._release_()
+        set_seed(self.args.seed + now.number)
+        config = replace(self.pruning, keep=self._share(run, now))
+        analysis = analyze(self.model, self._calibration_data(), config)
+        plan = analysis.plan()
+        self._agree(plan)
+        if config.rewind_to is not None:
+            analysis = replace(analysis, config=replace(analysis.config, repair="none"))
+        result = apply(self.model, analysis, plan)
+        run.plan = plan if run.plan is None else run.plan.compose(plan)
+        run.cuts += 1
+        if config.rewind_to is not None:
+            self._rewind_(config.rewind_to, run.plan)
+        self._adapt_()
+        self.results.append(result)
+        set_seed(self.args.seed + now.number)
+        self.log({"round": now.number + 1, "target": now.keep, "keep": result.report["keep"] / config.keep * now.keep})
+
+    def _share(self, run: Run, now: Round) -> float:
+        """What is to remain of the model as it is now, so that `now.keep` remains of the one handed in."""
+        metric = f"{self.pruning.metric}_{self.pruning.scope}"
+        if metric in run.dense_cost:
+            return min(1.0, now.keep * run.dense_cost[metric] / self._cost()[metric])
+        before = targets(self.pruning.schedule, self.pruning.keep, now.of)[now.number - 1] if now.number else 1.0
+        return now.keep / before
+
+    def _calibration_data(self) -> list[Any]:
+        """Batches of the calibration examples, collated as the trainer collates."""
+        data = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+        count = self.pruning.calibration_samples
+        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+            examples = [data[i] for i in even_positions(len(data), count, self.pruning.calibration_seed)]
+        else:
+            examples = list(itertools.islice(iter(data), count))
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        size = max(1, min(self.args.per_device_train_batch_size, CALIBRATION_BATCH))
+        return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+    def _agree(self, plan: PruningPlan) -> None:
+        plans = gather_object([plan.hash])
+        if len(set(plans)) > 1:
+            raise RuntimeError(
+                f"The processes came to different plans ({plans}); they must see the same data and model."
+            )
+
+    def _rewind_(self, directory: str, plan: PruningPlan) -> None:
+        """Weights of an early checkpoint of the dense training, cut by the same plan, in place of the trained ones."""
+        early = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+        _cut_by(early, plan, self.pruning)
+        self.model.load_state_dict(early.state_dict())
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _directory(self, trial: Any) -> Iterator[Path]:
+        """Where boundaries go: beside the checkpoints, or nowhere for long if none are wanted."""
+        if self.args.save_strategy != SaveStrategy.NO:
+            yield Path(self._get_output_dir(trial))
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+
+    def _write_boundary(self, run: Run, directory: Path) -> Path:
+        """A checkpoint at this step, with the model just cut and without optimizer states. Whole or not at all."""
+        target = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        temporary = directory / f".{target.name}.tmp"
+        lasting = self.args.save_strategy != SaveStrategy.NO
+        if self.args.should_save or not lasting:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._save_rng_state(str(temporary))
+        if lasting:
+            self._write(temporary)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save or not lasting:
+            self.state.save_to_json(str(temporary / TRAINER_STATE_NAME))
+            swap(temporary, target)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Checkpoints as the stock trainer saves them; anything else is reloaded and compared before it is there."""
+        directory = Path(output_dir or self.args.output_dir)
+        if self.pruning is None or directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            self._write(directory, state_dict)
+        elif self.args.should_save:
+            with beside(directory, keep_others=True) as temporary:
+                self._write(temporary, state_dict)
+                if isinstance(self.model, PreTrainedModel):
+                    prove(self.model, temporary)
+
+    def _write(self, directory: Path, state_dict: Any = None) -> None:
+        super()._save(str(directory), state_dict)
+        if self.pruning is None or not self.args.should_save:
+            return
+        home = directory
+        if hasattr(self.model, "get_base_model"):
+            home = directory / BASE
+            copy.deepcopy(self.model).unload().save_pretrained(home)
+        record = record_of(self._plain())
+        if record is not None:
+            record.plan.save(home / PLAN_FILE)
+        if self._run is not None:
+            self._run.save(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.pruning is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._teach()  # by the model as it was handed in
+        directory = Path(resume_from_checkpoint)
+        self._run = Run.load(directory)
+        self._release_()
+        if self._run.plan is not None:
+            _cut_by(self.model, self._run.plan, self.pruning)
+        adapted = (directory / BASE).is_dir()
+        self._restore_(directory / BASE if adapted else directory)
+        if adapted:
+            self._adapt_()
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return None
+
+    def _load_best_model(self) -> None:
+        if self.pruning is None or not isinstance(self.model, PreTrainedModel):
+            return super()._load_best_model()
+        return self._restore_(Path(str(self.state.best_model_checkpoint)))
+
+    def _restore_(self, directory: Path) -> None:
+        """Weights of a checkpoint into the model, through from_pretrained, which knows what they are called on disk."""
+        saved = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    # --- distillation ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep what the layers of the student give, where a teacher is to compare it."""
+        if self._distiller is None:
+            yield
+            return
+        with self._distiller.watched(self._plain()) as self._seen:
+            yield
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task loss, and what the teacher adds while training, scaled alike for gradient accumulation."""
+        if self._distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        student = self._plain()
+        tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        batch = prepare(student, tensors, torch.zeros(1))
+        total, output = 0.0, None
+        if self.distillation.task_weight:
+            stock = super().compute_loss.__func__ is Trainer.compute_loss  # others may give no logits to learn by
+            task = super().compute_loss(model, dict(inputs), stock, num_items_in_batch)
+            task, output = task if stock else (task, None)
+            total = self.distillation.task_weight * task
+        if output is None:
+            output = model(**forward_inputs(student, batch))
+        part = self._part(sum(map(len, predictions(student, output, batch))), num_items_in_batch)
+        total = total + part * self._distiller.loss(student, output, batch, self._seen)
+        return (total, output) if return_outputs else total
+
+    def _part(self, rows: int, num_items_in_batch: Any) -> Any:
+        """What share of the accumulated batch's mean a batch of so many labelled tokens makes up."""
+        if num_items_in_batch is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            return 1.0  # the stock training step divides by the number of batches
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return rows * ranks / num_items_in_batch
+
+
+class PruningTrainer(PruningMixin, Trainer):
+    """A transformers Trainer that makes its model smaller before it trains it, in one round or in several.
+
+    The arguments are the Trainer's and those of `PruningMixin`.
+
+    >>> trainer = PruningTrainer(model=model, args=args, train_dataset=rows, pruning=PruningConfig(keep=0.5))
+    ... # doctest: +SKIP
+    """
+
+
+class PruningSeq2SeqTrainer(PruningMixin, Seq2SeqTrainer):
+    """The same for transformers' Seq2SeqTrainer."""
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints that a run can go on from, by step; half-written ones are left out."""
+    found = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted((path for path in found if _is_complete(path)), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _is_complete(directory: Path) -> bool:
+    """The stock trainer writes its state last."""
+    try:
+        return all(json.loads((directory / name).read_text()) for name in (STATE_FILE, TRAINER_STATE_NAME))
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _state(directory: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
+
+
+def _cut_by(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> None:
+    """Cut to a plan without data: the weights will be loaded."""
+    apply(model, Analysis(describe(model), replace(config, repair="none"), [], 1), replace(plan, config={}))
