@@ -120,6 +120,33 @@ def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[SiteKe
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that share a statistics pass: each sees every `count`-th batch, and sums are added up over all."""
+
+    index: int = 0
+    count: int = 1
+
+    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches[self.index :: self.count]
+
+    def sum_(self, *tensors: torch.Tensor) -> None:
+        """Add up over the processes, in place."""
+        for tensor in tensors if self.count > 1 else ():
+            torch.distributed.all_reduce(tensor)
+
+    def gather(self, mine: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What every process has found of its batches, in the order of the batches."""
+        if self.count == 1:
+            return mine
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, mine)
+        return [each[i].to(mine[0].device) for i in range(len(found[0])) for each in found if i < len(each)]
+
+
+ALONE = Ranks()
+
+
 def statistics(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -127,16 +154,20 @@ def statistics(
     batches: Sequence[Batch],
     criterion: Criterion,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
     """What the criterion needs, site by site; second moments of one layer at a time.
 
     Args:
         units: number of units that each site is scored in.
+        ranks: the processes that share the work; all call this with the same batches.
     """
     generator = torch.Generator().manual_seed(seed)
+    if len(batches) < ranks.count:
+        ranks = ALONE  # less work than processes: each does it all
     with quiet(model):
-        gates = _gates(model, sites, units, batches, criterion, generator) if criterion.needs_loss else {}
-        for site, moments in _moments(model, sites, batches, criterion.needs):
+        gates = _gates(model, sites, units, batches, criterion, generator, ranks) if criterion.needs_loss else {}
+        for site, moments in _moments(model, sites, batches, criterion.needs, ranks):
             weight = consumer(model, site).weight.detach().float()
             yield (
                 site,
@@ -161,6 +192,7 @@ def _gates(
     batches: Sequence[Batch],
     criterion: Criterion,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> dict[SiteKey, Found]:
     """What the gradients tell, per site; those of the gates of each example only where the criterion needs them."""
     names = ("gate_square", "gate_abs")
@@ -173,7 +205,9 @@ def _gates(
     tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in weighed}
     examples = sum(batch.size for batch in batches)
     draw_labels = generator if criterion.labels == "model" else None
-    for batch in tqdm(batches, desc="scoring", leave=False):
+    if draw_labels is not None:
+        ranks = ALONE  # the draws follow one another
+    for batch in tqdm(ranks.mine(batches), desc="scoring", leave=False):
         seen = gradients(model, sites, units, batch, draw_labels)
         for key, gradient in seen.gates.items():
             found[key]["gate_square"] += gradient.square().sum(0) / examples
@@ -183,22 +217,24 @@ def _gates(
         for key, squares in tokens.items():
             squares.append(seen.tokens[key])
     for site in sites:
+        ranks.sum_(*found[site.key].values())
         known = {key: value.cpu() for key, value in found[site.key].items()}
-        gate = torch.cat(each[site.key]).cpu() if each[site.key] else None
-        found[site.key] = {**known, "gate": gate, "tokens": tokens.get(site.key)}
+        gate = torch.cat(ranks.gather(each[site.key])).cpu() if each[site.key] else None
+        weights = ranks.gather(tokens[site.key]) if site.key in tokens else None
+        found[site.key] = {**known, "gate": gate, "tokens": weights}
     return found
 
 
 def _moments(
-    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], needs: Sequence[str]
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], needs: Sequence[str], ranks: Ranks
 ) -> Iterator[tuple[Site, Found]]:
     if "gram" in needs or "moments" in needs:
-        return _walk(model, sites, batches, full="gram" in needs)
+        return _walk(model, sites, ranks.mine(batches), "gram" in needs, ranks)
     return ((site, {}) for site in sites)
 
 
 def _walk(
-    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool, ranks: Ranks
 ) -> Iterator[tuple[Site, Found]]:
     """Moments of every consumer's input in the dense stream, one layer at a time."""
     for stack in dict.fromkeys(site.stack for site in sites):
@@ -217,14 +253,14 @@ def _walk(
                     if site.row.consumer in seen:
                         found[site.key].add(rows_of(seen[site.row.consumer], masks[index]))
             for site in here:
-                yield site, found.pop(site.key).means()
+                yield site, found.pop(site.key).means(ranks)
 
 
 class Sums:
     """Running sums over tokens of a consumer's input, in fp32."""
 
     def __init__(self, columns: int, device: torch.device, full: bool) -> None:
-        self.tokens = 0
+        self.tokens = torch.zeros((), device=device)
         self.total = torch.zeros(columns, device=device)
         self.square = torch.zeros(columns, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if full else None
@@ -237,8 +273,9 @@ class Sums:
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
 
-    def means(self) -> dict[str, torch.Tensor]:
-        n = max(self.tokens, 1)
+    def means(self, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
+        ranks.sum_(*(value for value in vars(self).values() if value is not None))
+        n = self.tokens.clamp_min(1)
         gram = {} if self.gram is None else {"gram": self.gram / n}
         return {key: value.cpu() for key, value in {"mean": self.total / n, "square": self.square / n, **gram}.items()}
 

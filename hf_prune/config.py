@@ -213,9 +213,7 @@ class DistillationConfig:
 
     teacher: str | None = field(
         default=None,
-        metadata=_help(
-            "Directory or Hub id of the teacher. Default: the model itself, as it was before the cut."
-        ),
+        metadata=_help("Directory or Hub id of the teacher. Default: the model itself, as it was before the cut."),
     )
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata=_help("Precision in which the teacher runs. Default: as it is.")

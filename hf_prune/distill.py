@@ -185,7 +185,7 @@ class Distillation:
         """(student's, teacher's, mask) for every layer."""
         wanted = (HIDDEN,) if kind == "hidden" else ATTENTION
         for stack, site in dict.fromkeys((key[0], key[2]) for key in ours if key[2] in wanted):
-            depths = [sum(key[0] == stack and key[2] == site for key in seen) for seen in (ours, theirs)]
+            depth, other_depth = (sum(key[0] == stack and key[2] == site for key in seen) for seen in (ours, theirs))
             mask = token_mask(student, batch, stack)
-            for layer, other in enumerate(layer_map(*depths, self.config.layer_map)):
+            for layer, other in enumerate(layer_map(depth, other_depth, self.config.layer_map)):
                 yield ours[stack, layer, site], theirs[stack, other, site], mask

@@ -20,7 +20,7 @@ from . import layerwise
 from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of
 from .anatomy import Anatomy, describe, quiet
 from .batches import GUARD, Batch, draw, forward_inputs, token_mask
-from .calibrate import statistics
+from .calibrate import ALONE, Ranks, statistics
 from .config import PruningConfig
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
@@ -89,8 +89,12 @@ def analyze(
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     guard: Any = None,
+    ranks: Ranks = ALONE,
 ) -> Analysis:
     """Score every unit of a model on calibration data; nothing is changed.
+
+    Args:
+        ranks: processes that share the scoring, where all of them call this with the same model, data and config.
 
     Raises:
         ValueError: see `prune`.
@@ -105,12 +109,12 @@ def analyze(
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=_criterion(model, batches, config))
     analysis = Analysis(anatomy, config, batches, align, table=table)
-    _score_(model, analysis)
+    _score_(model, analysis, ranks=ranks)
     analysis.seconds = time.perf_counter() - started
     return analysis
 
 
-def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = False) -> None:
+def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = False, ranks: Ranks = ALONE) -> None:
     """Run the statistics pass, and fill in what it found; `only_tokens`: just what the repair weighs tokens by."""
     anatomy, config = analysis.anatomy, analysis.config
     criterion = CRITERIA[str(config.criterion)]
@@ -118,7 +122,7 @@ def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = Fals
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
     scored = [batch for batch in analysis.batches if (batch.held_out < GUARD).all()]
     wanted = replace(criterion, needs=("gradients",)) if only_tokens else criterion
-    for site, found in statistics(model, anatomy.sites, sizes, scored, wanted, config.calibration_seed):
+    for site, found in statistics(model, anatomy.sites, sizes, scored, wanted, config.calibration_seed, ranks):
         if found.tokens is not None:
             analysis.tokens[site.key] = found.tokens
         if not only_tokens:

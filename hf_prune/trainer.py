@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .anatomy import describe
 from .batches import even_positions, forward_inputs, prepare
+from .calibrate import Ranks
 from .checkpoint import beside, prove, swap
 from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
@@ -101,7 +102,13 @@ class RoundCallback(TrainerCallback):
             control.should_training_stop = control.should_log = True
 
 
-class PruningMixin:
+if TYPE_CHECKING:
+    Mixed = Trainer  # what the mixin may rely on
+else:
+    Mixed = object
+
+
+class PruningMixin(Mixed):
     """What `PruningTrainer` adds to a Trainer; mix it into another: `class T(PruningMixin, SFTTrainer)`.
 
     Args (besides the Trainer's):
@@ -115,6 +122,9 @@ class PruningMixin:
     Raises:
         ValueError: a model or settings that cannot be pruned or taught. Nothing is changed before.
     """
+
+    model: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -136,8 +146,8 @@ class PruningMixin:
             raise ValueError("teacher= without distillation=: give a DistillationConfig().")
         if "peft_config" in inspect.signature(super().__init__).parameters:
             kwargs["peft_config"] = peft_config
-        self.pruning = pruning
-        self.distillation = distillation
+        self.pruning: Any = pruning
+        self.distillation: Any = distillation
         self.peft_config = peft_config
         self.merge_adapters = merge_adapters
         self.calibration_dataset = calibration_dataset
@@ -176,7 +186,7 @@ class PruningMixin:
         model = self._plain()
         if self._teacher is None and self.distillation.teacher:
             self._teacher = type(model).from_pretrained(self.distillation.teacher)
-        teacher = copy.deepcopy(model) if self._teacher is None else self._teacher
+        teacher: Any = copy.deepcopy(model) if self._teacher is None else self._teacher
         self._distiller = Distillation(model, teacher.to(model.device), self.distillation)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +207,7 @@ class PruningMixin:
     def _checkpoint(self, given: str | bool | None) -> str | None:
         """The directory to resume from."""
         if given is True:
-            found = complete_checkpoints(Path(self.args.output_dir))
+            found = complete_checkpoints(Path(str(self.args.output_dir)))
             if not found:
                 warnings.warn(f"No complete checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=3)
                 return None
@@ -242,8 +252,10 @@ class PruningMixin:
         with self._directory(trial) as directory:
             for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
                 now = self.round = Round(number, len(ends), start, end, keep, started, first_step, loss)
+                set_seed(self.args.seed)  # resumed or not, in any round: the same calibration, the same order of data
                 if run.cuts <= number:
                     self._cut_(run, now)
+                    set_seed(self.args.seed)
                     boundary = self._boundary = self._write_boundary(run, directory)
                 elif self.state.global_step >= end and not now.is_last:
                     continue  # resumed at the end of this round
@@ -255,16 +267,16 @@ class PruningMixin:
         return output
 
     def _first_state(self) -> TrainerState:
-        ranks = {
-            "is_local_process_zero": self.is_local_process_zero(),
-            "is_world_process_zero": self.is_world_process_zero(),
-        }
-        return TrainerState(stateful_callbacks=self.state.stateful_callbacks, **ranks)
+        return TrainerState(
+            stateful_callbacks=self.state.stateful_callbacks,
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+        )
 
     @contextlib.contextmanager
     def _quiet_begin(self, begun: bool) -> Iterator[None]:
         """Let callbacks hear of one beginning, whatever the number of rounds."""
-        handler = self.callback_handler
+        handler: Any = self.callback_handler
 
         def again(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             control.should_training_stop = False
@@ -306,7 +318,7 @@ class PruningMixin:
 
     # --- the cut -----------------------------------------------------------------------------------------------------
 
-    def _plain(self) -> PreTrainedModel:
+    def _plain(self) -> Any:
         """The transformers model inside whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -332,11 +344,11 @@ class PruningMixin:
         return cost_report(anatomy, dense_counts(anatomy), self.pruning.sequence_length)
 
     def _cut_(self, run: Run, now: Round) -> None:
-        """Cut and repair to the round's target, deterministically: a resumed run does the same again."""
+        """Cut and repair to the round's target."""
         self._release_()
-        set_seed(self.args.seed + now.number)
         config = replace(self.pruning, keep=self._share(run, now))
-        analysis = analyze(self.model, self._calibration_data(), config)
+        ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
+        analysis = analyze(self.model, self._calibration_data(), config, ranks=ranks)
         plan = analysis.plan()
         self._agree(plan)
         if config.rewind_to is not None:
@@ -348,7 +360,6 @@ class PruningMixin:
             self._rewind_(config.rewind_to, run.plan)
         self._adapt_()
         self.results.append(result)
-        set_seed(self.args.seed + now.number)
         self.log({"round": now.number + 1, "target": now.keep, "keep": result.report["keep"] / config.keep * now.keep})
 
     def _share(self, run: Run, now: Round) -> float:
@@ -416,7 +427,7 @@ class PruningMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Checkpoints as the stock trainer saves them; anything else is reloaded and compared before it is there."""
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or str(self.args.output_dir))
         if self.pruning is None or directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             self._write(directory, state_dict)
         elif self.args.should_save:
@@ -485,10 +496,12 @@ class PruningMixin:
         student = self._plain()
         tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         batch = prepare(student, tensors, torch.zeros(1))
-        total, output = 0.0, None
+        total: Any = 0.0
+        output = None
         if self.distillation.task_weight:
-            stock = super().compute_loss.__func__ is Trainer.compute_loss  # others may give no logits to learn by
-            task = super().compute_loss(model, dict(inputs), stock, num_items_in_batch)
+            loss_of: Any = super().compute_loss
+            stock = loss_of.__func__ is Trainer.compute_loss  # others may give no logits to learn by
+            task = loss_of(model, dict(inputs), stock, num_items_in_batch)
             task, output = task if stock else (task, None)
             total = self.distillation.task_weight * task
         if output is None:
