@@ -12,6 +12,7 @@ from .checkpoint import install_loader
 
 if TYPE_CHECKING:
     from .anatomy import describe
+    from .callbacks import PruningCallback
     from .checkpoint import save_pretrained
     from .config import DistillationConfig, PruningConfig
     from .oneshot import PruneResult, analyze, prune
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DistillationConfig",
     "PruneResult",
+    "PruningCallback",
     "PruningConfig",
     "PruningMixin",
     "PruningPlan",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "DistillationConfig": "config",
     "PruneResult": "oneshot",
+    "PruningCallback": "callbacks",
     "PruningConfig": "config",
     "PruningMixin": "trainer",
     "PruningPlan": "plan",

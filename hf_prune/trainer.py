@@ -186,7 +186,10 @@ class PruningMixin(Mixed):
         model = self._plain()
         if self._teacher is None and self.distillation.teacher:
             self._teacher = type(model).from_pretrained(self.distillation.teacher)
-        teacher: Any = copy.deepcopy(model) if self._teacher is None else self._teacher
+        teacher: Any = self._teacher
+        if teacher is None:
+            teacher = copy.deepcopy(model)
+            teacher.__dict__.pop("forward", None)  # of a trainer that wraps it: bound to the student still
         self._distiller = Distillation(model, teacher.to(model.device), self.distillation)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """A tiny training run with pruning, for tests that run it in this process, kill it, or run it in two.
 
-As a script: `python training.py OUT` (under torchrun, say) trains and writes OUT/result-RANK.json; with `kill SECONDS...`
-it forks, kills each attempt after so many seconds, resumes, and lets the last one finish.
+As a script: `python training.py OUT BATCH` (under torchrun, say) trains and writes OUT/result-RANK.json;
+`python training.py OUT kill SECONDS...` forks, kills each attempt after so many seconds, resumes, and lets the last
+one finish.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def config(**changes: Any) -> PruningConfig:
     return PruningConfig(**given)
 
 
-def trainer(out: Any, class_name: str = "BertForSequenceClassification", cls: Any = PruningTrainer, **changes: Any) -> Any:
+def trainer(
+    out: Any, class_name: str = "BertForSequenceClassification", cls: Any = PruningTrainer, **changes: Any
+) -> Any:
     """A trainer of a tiny model; `args` and `pruning` may be dicts of changes."""
     set_seed(0)
     model = changes.pop("model", None) or tiny(class_name)
