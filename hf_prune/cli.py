@@ -107,7 +107,8 @@ def _prune_parser(command: argparse.ArgumentParser) -> None:
     cut = command.add_argument_group("cut")
     cut.add_argument("--preset", choices=PRESETS, help="A published method; other flags change it.")
     for field in fields(PruningConfig):
-        _config_argument(cut, field.name)
+        if not field.metadata["training"]:
+            _config_argument(cut, field.name)
     out = command.add_argument_group("output")
     out.add_argument("--out", type=Path, help="Directory to save to; with several --keep, OUT/keep-0.8 and so on.")
     out.add_argument("--overwrite", action="store_true", help="Replace an output directory that is not empty.")

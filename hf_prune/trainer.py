@@ -250,7 +250,10 @@ class PruningMixin(Mixed):
         self.state.compute_steps(self.args, steps)
         ends = shares(steps, self.pruning.rounds, self.pruning.recovery)
         keeps = targets(self.pruning.schedule, self.pruning.keep, self.pruning.rounds)
-        run = self._run = self._run or Run(self.pruning, self._cost())
+        if self._run is None:
+            self._release_()
+            self._run = Run(self.pruning, self._cost())
+        run = self._run
         started, first_step, loss, output, begun = time.time(), self.state.global_step, 0.0, None, False
         with self._directory(trial) as directory:
             for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
@@ -349,7 +352,7 @@ class PruningMixin(Mixed):
     def _cut_(self, run: Run, now: Round) -> None:
         """Cut and repair to the round's target."""
         self._release_()
-        config = replace(self.pruning, keep=self._share(run, now))
+        config = replace(self.pruning, keep=min(1.0, now.keep / self._remains(run, now)))
         ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         analysis = analyze(self.model, self._calibration_data(), config, ranks=ranks)
         plan = analysis.plan()
@@ -363,15 +366,15 @@ class PruningMixin(Mixed):
             self._rewind_(config.rewind_to, run.plan)
         self._adapt_()
         self.results.append(result)
-        self.log({"round": now.number + 1, "target": now.keep, "keep": result.report["keep"] / config.keep * now.keep})
+        self.log({"round": now.number + 1, "target": now.keep, "keep": self._remains(run, now)})
 
-    def _share(self, run: Run, now: Round) -> float:
-        """What is to remain of the model as it is now, so that `now.keep` remains of the one handed in."""
+    def _remains(self, run: Run, now: Round) -> float:
+        """What is left, by now, of the cost of the model handed in."""
         metric = f"{self.pruning.metric}_{self.pruning.scope}"
         if metric in run.dense_cost:
-            return min(1.0, now.keep * run.dense_cost[metric] / self._cost()[metric])
-        before = targets(self.pruning.schedule, self.pruning.keep, now.of)[now.number - 1] if now.number else 1.0
-        return now.keep / before
+            return self._cost()[metric] / run.dense_cost[metric]
+        done = targets(self.pruning.schedule, self.pruning.keep, now.of)[: run.cuts]
+        return done[-1] if done else 1.0  # a latency: what was asked for
 
     def _calibration_data(self) -> list[Any]:
         """Batches of the calibration examples, collated as the trainer collates."""

@@ -13,15 +13,17 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_prune
-from hf_prune import PruningConfig
-from hf_prune.config import PRESETS, UNIT_CHOICES, Allocation, Criterion, Metric, Repair, Scope, Shapes
+from hf_prune import DistillationConfig, PruningConfig
+from hf_prune.config import PRESETS, UNIT_CHOICES, Allocation, Criterion, Metric, Repair, Schedule, Scope, Shapes
 from hf_prune.families import FAMILIES
 from hf_prune.importance import CRITERIA
+from hf_prune.schedules import SCHEDULES
 
 PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
-    "families", "plan", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise", "batches",
-    "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
+    "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
+    "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
+    "callbacks", "distill", "trainer",
 )  # fmt: skip
 
 
@@ -54,7 +56,9 @@ def test_every_module_has_its_place():
     assert {path.stem for path in PACKAGE.glob("*.py")} - outer == set(ORDER)
 
 
-@pytest.mark.parametrize(("module", "more"), [("families", set()), ("plan", set()), ("config", {"yaml"})])
+@pytest.mark.parametrize(
+    ("module", "more"), [("families", set()), ("plan", set()), ("schedules", set()), ("config", {"yaml"})]
+)
 def test_the_first_modules_need_no_torch(module, more):
     for name, level in imports(PACKAGE / f"{module}.py"):
         assert level or name.split(".")[0] in sys.stdlib_module_names | more, name
@@ -105,6 +109,7 @@ FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
     "shapes": "per_layer", "align": 16, "repair": "bias", "calibration_samples": 64, "calibration_seed": 3,
     "sequence_length": 77, "latency_batch_size": 4, "allocation": "ratio",
+    "rounds": 3, "schedule": "linear", "recovery": 0.25, "rewind_to": "early",
 }  # fmt: skip
 
 
@@ -119,13 +124,16 @@ def test_every_flag_beside_training_arguments(tmp_path):
 
 
 def test_defaults_beside_training_arguments(tmp_path):
-    parser = HfArgumentParser((TrainingArguments, PruningConfig))
-    _, pruning = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    parser = HfArgumentParser((TrainingArguments, PruningConfig, DistillationConfig))
+    line = ["--output_dir", str(tmp_path), "--temperature", "3", "--layer_map", "1", "3"]
+    _, pruning, distillation = parser.parse_args_into_dataclasses(line)
     assert pruning == PruningConfig()
+    assert distillation == DistillationConfig(temperature=3.0, layer_map=[1, 3])
 
 
-def test_every_field_has_a_help_text():
-    for name, field in PruningConfig.__dataclass_fields__.items():
+@pytest.mark.parametrize("config", [PruningConfig, DistillationConfig])
+def test_every_field_has_a_help_text(config):
+    for name, field in config.__dataclass_fields__.items():
         assert field.metadata["help"], name
 
 
@@ -159,8 +167,8 @@ def test_yaml_round_trip(tmp_path):
 
 
 def test_unknown_keys_warn(tmp_path):
-    with pytest.warns(UserWarning, match=r"ignores unknown keys \['rounds'\]"):
-        assert PruningConfig.from_dict({"keep": 0.4, "rounds": 3}) == PruningConfig(keep=0.4)
+    with pytest.warns(UserWarning, match=r"ignores unknown keys \['blocks'\]"):
+        assert PruningConfig.from_dict({"keep": 0.4, "blocks": 3}) == PruningConfig(keep=0.4)
 
 
 def test_a_recipe_is_a_mapping(tmp_path):
@@ -175,5 +183,6 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Scope)) == {"model", "blocks"}
     assert set(get_args(Allocation)) == {"loss", "ratio"}
     assert set(get_args(Shapes)) == {"stock", "uniform", "per_layer"}
+    assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
     assert UNIT_CHOICES == ("heads", "kv_groups", "neurons")

@@ -50,7 +50,8 @@ def trainer(
     """A trainer of a tiny model; `args` and `pruning` may be dicts of changes."""
     set_seed(0)
     model = changes.pop("model", None) or tiny(class_name)
-    args = arguments(out, **changes.pop("args", {}))
+    args = changes.pop("args", {})
+    args = arguments(out, **args) if isinstance(args, dict) else args
     pruning = changes.pop("pruning", {})
     pruning = config(**pruning) if isinstance(pruning, dict) else pruning
     return cls(**{"model": model, "args": args, "train_dataset": rows(model), "pruning": pruning, **changes})
