@@ -1,4 +1,4 @@
-"""The command line: hf-prune demo | inspect | prune. Parses, calls the library, prints."""
+"""The command line: hf-prune demo | inspect | prune | train. Parses, calls the library, prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .config import PRESETS, UNIT_CHOICES, PruningConfig
+from .config import PRESETS, TRAINING_FIELDS, UNIT_CHOICES, PruningConfig
 from .data import TASKS
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     _demo_parser(_command(commands, "demo", demo, "A real model cut to half in three shapes, in one table."))
     _model_arguments(_command(commands, "inspect", inspect, "What can be removed from a model, and what opens it."))
     _prune_parser(_command(commands, "prune", prune, "Make a model smaller and save it."))
+    _train_parser(_command(commands, "train", train, "Run a training script with the arguments of a recipe."))
     return top
 
 
@@ -107,7 +108,7 @@ def _prune_parser(command: argparse.ArgumentParser) -> None:
     cut = command.add_argument_group("cut")
     cut.add_argument("--preset", choices=PRESETS, help="A published method; other flags change it.")
     for field in fields(PruningConfig):
-        if not field.metadata["training"]:
+        if field.name not in TRAINING_FIELDS:
             _config_argument(cut, field.name)
     out = command.add_argument_group("output")
     out.add_argument("--out", type=Path, help="Directory to save to; with several --keep, OUT/keep-0.8 and so on.")
@@ -115,6 +116,18 @@ def _prune_parser(command: argparse.ArgumentParser) -> None:
     out.add_argument("--remote-code", action="store_true", help="Add a file that opens the result without hf_prune.")
     out.add_argument("--model-type", help="Save as another stock family that holds the weights (llama: mistral).")
     out.add_argument("--dry-run", action="store_true", help="Print plan, cost, time and memory; change nothing.")
+
+
+def _train_parser(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="A YAML file: `script` and its arguments.")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="Change an argument; repeatable.",
+    )
 
 
 def _config_argument(group: Any, name: str) -> None:
@@ -162,6 +175,15 @@ def demo(options: argparse.Namespace) -> None:
     from .demo.run import QUICK, Settings, run
 
     run(options.out, options.cache, QUICK if options.quick else Settings())
+
+
+def train(options: argparse.Namespace) -> None:
+    from .recipe import read, run
+    from .report.table import console
+
+    metrics = run(read(options.recipe, options.changes))
+    for name, value in (metrics or {}).items():
+        console().print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", markup=False)
 
 
 def _open(options: argparse.Namespace) -> PreTrainedModel:

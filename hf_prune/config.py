@@ -32,12 +32,12 @@ Shapes = Literal["stock", "uniform", "per_layer"]
 Allocation = Literal["loss", "ratio"]
 Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
+TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
 UNIT_CHOICES = ("heads", "kv_groups", "neurons")
 
 
-def _help(text: str, training: bool = False) -> dict[str, Any]:
-    """`training`: means nothing to a cut alone."""
-    return {"help": text, "training": training}
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
 
 
 @dataclass
@@ -113,26 +113,24 @@ class PruningConfig:
     latency_batch_size: int = field(default=1, metadata=_help("Examples per forward pass whose latency is measured."))
     rounds: int = field(
         default=1,
-        metadata=_help("Rounds of cut, repair and training that PruningTrainer takes to reach `keep`.", training=True),
+        metadata=_help("Rounds of cut, repair and training that PruningTrainer takes to reach `keep`."),
     )
     schedule: Schedule = field(
         default="cubic",
         metadata=_help(
             "What remains after each of several rounds: 'constant' takes the same fraction of what is left, 'linear' "
-            "the same amount, 'cubic' much at first and little at the end.",
-            training=True,
+            "the same amount, 'cubic' much at first and little at the end."
         ),
     )
     recovery: float = field(
         default=0.5,
-        metadata=_help("Share of the training steps after the last of several rounds, 0 to 1.", training=True),
+        metadata=_help("Share of the training steps after the last of several rounds, 0 to 1."),
     )
     rewind_to: str | None = field(
         default=None,
         metadata=_help(
             "Checkpoint of an early step of the dense training: after a cut, PruningTrainer puts its weights back into "
-            "what was kept, and trains those (lottery ticket rewinding).",
-            training=True,
+            "what was kept, and trains those (lottery ticket rewinding)."
         ),
     )
 

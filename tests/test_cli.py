@@ -15,6 +15,7 @@ import transformers
 
 from hf_prune import PruningConfig
 from hf_prune.cli import main, parser
+from hf_prune.config import TRAINING_FIELDS
 
 CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
 FLAGS = {
@@ -26,6 +27,7 @@ FLAGS = {
         "--preset --remote-code --repair --revision --scope --sequence-length --shapes --split "
         "--task --text-column --units"
     ),
+    "train": "--debug --help --set",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line prints warnings; tiny data causes some
@@ -76,7 +78,7 @@ def test_the_interface_is_frozen():
 def test_every_field_of_the_config_is_a_flag_with_its_help():
     known = {action.dest: action for action in commands()["prune"]._actions}
     for field in fields(PruningConfig):
-        if field.name in ("rounds", "schedule"):  # of a training run
+        if field.name in TRAINING_FIELDS:
             continue
         assert field.metadata["help"] in known[field.name].help.replace("%%", "%")
 
