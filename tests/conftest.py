@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import datasets  # noqa: F401  before any test captures stderr: its log handler keeps the stream that it finds
 import pytest
 import torch
 import transformers
