@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peers import optipfair, torch_pruning
+from recovery import longer, masked, trained
 from tasks import Prepared, Task
 
 from hf_prune.config import PRESETS
@@ -16,6 +17,8 @@ from hf_prune.oneshot import apply
 
 CLASSIFICATION = ("encoder", "imdb")
 ALL = (*CLASSIFICATION, "llm")
+RECOVERY = ("recovery",)
+TRAINED = (*RECOVERY, "llm_recovery")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,15 @@ def opti(name: str, *arguments: Any, tasks: tuple[str, ...] = ("llm",)) -> Metho
     return Method(f"optipfair {name}", optipfair(*arguments), tasks=tasks, needs="optipfair")
 
 
+LORA = trained("per_layer", lora=True, learning_rate=5e-4)
+
 METHODS: tuple[Method, ...] = (
     Method(
         "dense",
         dense,
+        tasks=(*ALL, *TRAINED),
         keeps=(1.0,),
-        note="nothing here trains after the cut, so this is also the control with the same extra training budget",
+        note="where nothing trains after the cut this is also the control with the same training budget",
     ),
     Method(
         "3 of 6 layers",
@@ -89,9 +95,10 @@ METHODS: tuple[Method, ...] = (
         keeps=(0.5,),
         note="the next-smaller sibling: the lower half of the pretrained MiniLM, fine-tuned in the same way",
     ),
+    Method("dense + training", longer, tasks=TRAINED, keeps=(1.0,), note="the same budget for the dense model"),
     Method("hf_prune stock", hf_prune(shapes="stock")),
     Method("hf_prune uniform", hf_prune(shapes="uniform"), tasks=CLASSIFICATION),
-    Method("hf_prune per_layer", hf_prune(shapes="per_layer")),
+    Method("hf_prune per_layer", hf_prune(shapes="per_layer"), tasks=(*ALL, *TRAINED)),
     preset("kwon2022", tasks=CLASSIFICATION),  # both papers are about encoders
     preset("kprune", tasks=CLASSIFICATION, note="scored once, not again before each sublayer"),
     preset("flap", tasks=CLASSIFICATION),
@@ -107,6 +114,16 @@ METHODS: tuple[Method, ...] = (
     opti("PPM", "MAW", tasks=ALL),  # its name for "PPM" where data may be given
     opti("PPM with data", "MAW", True),
     opti("VOW", "VOW"),
+    Method("uniform + distillation", trained("uniform"), tasks=RECOVERY),
+    Method("per_layer + distillation", trained("per_layer"), tasks=TRAINED),
+    Method("per_layer + labels", trained("per_layer", distilled=False), tasks=RECOVERY, keeps=(0.3,)),
+    Method("per_layer + distillation + LoRA", LORA, tasks=RECOVERY, keeps=(0.3,)),
+    Method("per_layer + distillation + 3 rounds", trained("per_layer", rounds=3), tasks=RECOVERY, keeps=(0.3, 0.1)),
+    Method(
+        "per_layer + PruningCallback", masked("per_layer"), tasks=RECOVERY, keeps=(0.3,), note="masks, stock Trainer"
+    ),
+    Method("per_layer + text", trained("per_layer", distilled=False), tasks=("llm_recovery",)),
+    Method("per_layer + distillation + LoRA", LORA, tasks=("llm_recovery",)),
 )
 
 

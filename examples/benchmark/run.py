@@ -4,9 +4,10 @@
     python examples/benchmark/run.py encoder --methods "hf_prune stock,magnitude" --seeds 0
     python examples/benchmark/run.py --quick                         # a few rows; the figures mean nothing
 
-Parts: encoder, imdb, llm, cost, tables (default: all). Every cell (task, seed, method, keep) is one JSON file under
-OUT/results, written whole when it is done; what exists is skipped, so that a stopped run goes on where it was. Delete a
-file to have it computed again. OUT/benchmark.json, OUT/tables.md and OUT/*.png follow from the cells alone.
+Parts: encoder, imdb, llm, recovery, llm_recovery, cost, tables (default: all). Every cell (task, seed, method, keep) is
+one JSON file under OUT/results, written whole when it is done; what exists is skipped, so that a stopped run goes on
+where it was. Delete a file to have it computed again. OUT/benchmark.json, OUT/tables.md and OUT/*.png follow from the
+cells alone.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def read(out: Path) -> list[Cell]:
 def signature(settings: Settings) -> dict[str, Any]:
     """The settings that change a figure, as JSON gives them back."""
     kept = {k: v for k, v in asdict(settings).items() if k not in ("keeps", "seeds", "cost_keep")}
+    if not kept["training_tokens"]:
+        del kept["training_tokens"]  # cells from before there was such a setting
     return json.loads(json.dumps(kept))
 
 

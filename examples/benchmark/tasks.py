@@ -45,6 +45,7 @@ class Settings:
     latency: Shapes = ()
     runs: int = 10
     cost_keep: float = 0.5
+    training_tokens: int = 0  # of a language model, after the cut
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Task:
     evaluate: Callable[[Any], dict[str, Any]]
     collator: Any = None
     shallow: Callable[[], Any] | None = None  # a model of half the layers, fine-tuned in the same way
+    training: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, for the rows that train after the cut
+    training_rows: Dataset | None = None  # None: `rows`
+    distillation: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
     analyses: dict[Any, Analysis] = field(default_factory=dict)
 
     def config(self, **changes: Any) -> PruningConfig:
@@ -130,6 +135,8 @@ def classifier(name: str, at: Settings, cache: Path, seed: int) -> Task:
         fields={"sequence_length": at.length, "calibration_samples": at.calibration, "calibration_seed": seed},
         evaluate=lambda pruned: _accuracy(_correctness(pruned, tokens["validation"], tokenizer)),
         shallow=shallow,
+        training={"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "warmup_steps": 0.1},
+        lora={"task_type": "SEQ_CLS"},
     )
 
 
@@ -177,7 +184,18 @@ def language_model(name: str, at: Settings, cache: Path, seed: int) -> Task:
         },
         evaluate=evaluate,
         collator=default_data_collator,
-    )  # fmt: skip
+        training={"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 0.1},
+        training_rows=_labelled(calibration(tokenizer, at.training_tokens, at.length, seed))
+        if at.training_tokens
+        else None,
+        distillation={"hidden_weight": 0.0},
+        lora={"task_type": "CAUSAL_LM"},
+    )
+
+
+def _labelled(rows: Dataset) -> Dataset:
+    """Rows of a language model, which predicts what it reads."""
+    return rows.map(lambda row: {"labels": row["input_ids"]})
 
 
 ENCODER = Settings(
@@ -191,16 +209,21 @@ IMDB = Settings(
 LLM = Settings(
     keeps=(0.9, 0.8, 0.7, 0.5), seeds=(0,), length=256, calibration=64, windows=8, items=25, cost_keep=0.8
 )  # fmt: skip
+RECOVERY = replace(ENCODER, keeps=(0.5, 0.3, 0.2, 0.1), latency=())
+LLM_RECOVERY = replace(LLM, keeps=(0.7,), training_tokens=98304)
 
 TASKS: dict[str, tuple[Callable[[str, Settings, Path, int], Task], Settings]] = {
     "encoder": (classifier, ENCODER),
     "imdb": (classifier, IMDB),
     "llm": (language_model, LLM),
+    "recovery": (classifier, RECOVERY),
+    "llm_recovery": (language_model, LLM_RECOVERY),
 }
 
 
 def quick(at: Settings) -> Settings:
     """A few rows, to see that everything runs; the figures mean nothing."""
     few = {"train_rows": 256, "validation_rows": 64} if at.source else {"windows": 2, "items": 4}
+    few |= {"training_tokens": 4096} if at.training_tokens else {}
     keeps = (at.keeps[0], at.cost_keep)
     return replace(at, keeps=keeps, seeds=(0,), calibration=16 if not at.source else 64, runs=2, **few)
