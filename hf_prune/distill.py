@@ -6,15 +6,17 @@ Shapes: B examples, T tokens, D hidden width, V classes or vocabulary, n rows, L
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .batches import Batch, forward_inputs, token_mask
+from .anatomy import quiet
+from .batches import Batch, forward_inputs, prepare, token_mask
 from .config import DistillationConfig
 from .families import family_for
 from .losses import predictions
@@ -22,9 +24,11 @@ from .plan import SiteKey
 from .sites import consumer, find_sites
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 CHUNK = 2**24  # logits of which the divergence is formed at a time
+LOGITS = "teacher_logits"  # the column that `with_teacher_logits` adds
 HIDDEN = "hidden"
 ATTENTION = ("attention", "cross_attention")
 
@@ -146,30 +150,64 @@ def watched(model: PreTrainedModel, hidden: bool, attention: bool) -> Iterator[d
             handle.remove()
 
 
-class Distillation:
-    """A frozen teacher, and the loss that it gives for a batch that the student has just seen."""
+def with_teacher_logits(
+    data: Dataset,
+    teacher: PreTrainedModel,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]],
+    batch_size: int = 32,
+) -> Dataset:
+    """The data with a column of the teacher's logits, kept on disk by `datasets`: no teacher runs for them in training.
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
-        check_teacher(student, teacher, config)
+    For classifiers, and for language models of small vocabulary on rows of one length: the column holds every logit.
+    """
+
+    def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        examples = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        batch = prepare(teacher, data_collator(examples), torch.zeros(len(examples)))
+        with quiet(teacher), torch.no_grad():
+            return {LOGITS: teacher(**forward_inputs(teacher, batch)).logits.float().cpu().numpy()}
+
+    return data.map(logits, batched=True, batch_size=batch_size, desc="teacher")
+
+
+class Distillation:
+    """A frozen teacher, and the loss that it gives for a batch that the student has just seen.
+
+    Without a teacher the logits come with the batch, see `with_teacher_logits`.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, config: DistillationConfig) -> None:
         self.config = config
-        self.teacher = teacher.eval().requires_grad_(False)
-        if config.teacher_dtype:
-            self.teacher.to(getattr(torch, config.teacher_dtype))
+        self.teacher = teacher
+        if teacher is not None:
+            check_teacher(student, teacher, config)
+            teacher.eval().requires_grad_(False)
+            if config.teacher_dtype:
+                teacher.to(getattr(torch, config.teacher_dtype))
 
     def watched(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[dict[SiteKey, torch.Tensor]]:
         return watched(model, bool(self.config.hidden_weight), bool(self.config.attention_weight))
 
     def loss(
-        self, student: PreTrainedModel, output: Any, batch: Batch, ours: Mapping[SiteKey, torch.Tensor]
+        self,
+        student: PreTrainedModel,
+        output: Any,
+        batch: Batch,
+        ours: Mapping[SiteKey, torch.Tensor],
+        logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weighted sum of the terms, each a mean over the batch's labelled (logits) or real tokens. Scalar.
 
         Args:
             ours: what `watched` saw of the student in the same forward pass.
+            logits: the teacher's, where they are known.
         """
-        inputs = {k: v.to(self.teacher.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
-        with torch.no_grad(), self.watched(self.teacher) as theirs:
-            given = self.teacher(**forward_inputs(self.teacher, replace(batch, inputs=inputs)))
+        given: Any = SimpleNamespace(logits=logits)
+        theirs: Mapping[SiteKey, torch.Tensor] = {}
+        if self.teacher is not None:
+            inputs = {k: v.to(self.teacher.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+            with torch.no_grad(), self.watched(self.teacher) as theirs:
+                given = self.teacher(**forward_inputs(self.teacher, replace(batch, inputs=inputs)))
         terms = []
         if self.config.logits_weight:
             pairs = zip(predictions(student, output, batch), predictions(student, given, batch), strict=True)

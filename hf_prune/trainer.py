@@ -34,7 +34,7 @@ from .checkpoint import beside, prove, swap
 from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
 from .costs import report as cost_report
-from .distill import Distillation
+from .distill import LOGITS, Distillation
 from .losses import predictions
 from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
 from .plan import PruningPlan
@@ -184,6 +184,10 @@ class PruningMixin(Mixed):
         if self.distillation is None or self._distiller is not None:
             return
         model = self._plain()
+        known = LOGITS in (getattr(self.train_dataset, "column_names", None) or ())
+        if known and not self.distillation.hidden_weight and not self.distillation.attention_weight:
+            self._distiller = Distillation(model, None, self.distillation)
+            return
         if self._teacher is None and self.distillation.teacher:
             self._teacher = type(model).from_pretrained(self.distillation.teacher)
         teacher: Any = self._teacher
@@ -497,6 +501,8 @@ class PruningMixin(Mixed):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The task loss, and what the teacher adds while training, scaled alike for gradient accumulation."""
+        inputs = dict(inputs)
+        logits = inputs.pop(LOGITS, None)
         if self._distiller is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self._plain()
@@ -513,8 +519,14 @@ class PruningMixin(Mixed):
         if output is None:
             output = model(**forward_inputs(student, batch))
         part = self._part(sum(map(len, predictions(student, output, batch))), num_items_in_batch)
-        total = total + part * self._distiller.loss(student, output, batch, self._seen)
+        total = total + part * self._distiller.loss(student, output, batch, self._seen, logits)
         return (total, output) if return_outputs else total
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if LOGITS not in columns:
+            columns.append(LOGITS)
 
     def _part(self, rows: int, num_items_in_batch: Any) -> Any:
         """What share of the accumulated batch's mean a batch of so many labelled tokens makes up."""

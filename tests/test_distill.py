@@ -10,10 +10,11 @@ import torch
 from tiny import tiny, tiny_batch
 from torch.nn import functional
 from training import rows, trainer
+from transformers import default_data_collator
 
 from hf_prune import DistillationConfig, distill, schedules
 from hf_prune.batches import prepare
-from hf_prune.distill import Distillation, divergence, layer_map, relative_error
+from hf_prune.distill import Distillation, divergence, layer_map, relative_error, with_teacher_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens to refit")
 ALL = {"logits_weight": 1.0, "hidden_weight": 1.0, "attention_weight": 1.0}
@@ -149,6 +150,21 @@ def test_accumulated_batches_weigh_by_their_tokens(tmp_path):
             distillation=DistillationConfig(hidden_weight=0.0), train_dataset=data,
         )  # fmt: skip
         run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_logits_from_disk_are_the_teacher_s(tmp_path):
+    """The same losses, step by step, and no second model in memory."""
+    name, losses = "BertForSequenceClassification", []
+    config = DistillationConfig(hidden_weight=0.0)
+    for known in (False, True):
+        data = rows(tiny(name))
+        data = with_teacher_logits(data, tiny(name), default_data_collator) if known else data
+        args = {"max_steps": 4, "logging_steps": 1}
+        run = trainer(tmp_path, name, args=args, distillation=config, train_dataset=data)
+        run.train()
+        assert (run._distiller.teacher is None) == known
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

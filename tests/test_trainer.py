@@ -169,6 +169,53 @@ def test_stock_arguments(tmp_path, args):
     run.save_model(str(tmp_path / "small"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled(tmp_path):
+    """torch.compile: each round compiles the model as it is then."""
+    run = trainer(tmp_path, args={"torch_compile": True, "max_steps": 4}, pruning={"rounds": 2})
+    before = cost(run.model)
+    run.train()
+    assert cost(run.model) <= 0.6 * before
+    run.save_model(str(tmp_path / "small"))
+
+
+def test_hyperparameter_search(tmp_path):
+    """Every trial cuts a model of its own."""
+    args = arguments(tmp_path, max_steps=2)
+    data = rows(tiny("BertForSequenceClassification"))
+    run = PruningTrainer(
+        model_init=lambda: tiny("BertForSequenceClassification"), args=args, train_dataset=data, eval_dataset=data,
+        pruning=config(), distillation=DistillationConfig(),
+    )  # fmt: skip
+    before, costs = cost(run.model), []
+    run.add_callback(
+        type("Cost", (TrainerCallback,), {"on_train_end": lambda *_, model, **__: costs.append(cost(model))})
+    )
+    best = run.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
+        backend="optuna", n_trials=2,
+    )  # fmt: skip
+    assert best.objective > 0
+    assert len(costs) == 2
+    assert all(found <= 0.6 * before for found in costs)
+
+
+def test_a_model_spread_by_a_device_map(tmp_path):
+    """As device_map="auto" leaves it: accelerate's hooks on every module, here all on one device."""
+    from accelerate import dispatch_model
+
+    model = tiny("BertForSequenceClassification")
+    places = {"bert.embeddings": "cpu", "bert.encoder": "cpu", "bert.pooler": "cpu", "classifier": "cpu"}
+    model = dispatch_model(model, places, force_hooks=True)
+    before = cost(model)
+    run = trainer(tmp_path / "run", model=model)
+    run.train()
+    assert cost(run.model) <= 0.6 * before
+    assert model.hf_device_map == places
+
+
 # --- the best model, early stopping ----------------------------------------------------------------------------------
 
 
@@ -356,7 +403,7 @@ def test_adapters_train_and_the_rest_does_not(tmp_path):
 
 
 def test_trl(tmp_path):
-    trl = pytest.importorskip("trl", reason="needs trl: pip install 'hf-prune[dev]'")
+    import trl
     from datasets import Dataset
     from tiny_text import sentences, tokenizer
 
