@@ -158,6 +158,7 @@ class PruningMixin(Mixed):
         self._teacher = teacher
         self._distiller: Distillation | None = None
         self._seen: Any = {}
+        self._scratch = Path()
         super().__init__(*args, **kwargs)
         self._check()
         self.add_callback(RoundCallback(self))
@@ -209,7 +210,9 @@ class PruningMixin(Mixed):
             self.results = []
             if self.model_init is not None:
                 self._distiller = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with tempfile.TemporaryDirectory() as scratch:
+            self._scratch = Path(scratch)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checkpoint(self, given: str | bool | None) -> str | None:
         """The directory to resume from."""
@@ -259,21 +262,20 @@ class PruningMixin(Mixed):
             self._run = Run(self.pruning, self._cost())
         run = self._run
         started, first_step, loss, output, begun = time.time(), self.state.global_step, 0.0, None, False
-        with self._directory(trial) as directory:
-            for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
-                now = self.round = Round(number, len(ends), start, end, keep, started, first_step, loss)
-                set_seed(self.args.seed)  # resumed or not, in any round: the same calibration, the same order of data
-                if run.cuts <= number:
-                    self._cut_(run, now)
-                    set_seed(self.args.seed)
-                    boundary = self._boundary = self._write_boundary(run, directory)
-                elif self.state.global_step >= end and not now.is_last:
-                    continue  # resumed at the end of this round
-                with self._watching(), self._quiet_begin(begun):
-                    output = loop(batch_size, args, str(boundary), trial, ignore_keys_for_eval)
-                loss, begun = now.loss, True
-                if self.state.global_step < end:
-                    break  # a callback stopped the training
+        for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
+            now = self.round = Round(number, len(ends), start, end, keep, started, first_step, loss)
+            set_seed(self.args.seed)  # resumed or not, in any round: the same calibration, the same order of data
+            if run.cuts <= number:
+                self._cut_(run, now)
+                set_seed(self.args.seed)
+                boundary = self._boundary = self._write_boundary(trial)
+            elif self.state.global_step >= end and not now.is_last:
+                continue  # resumed at the end of this round
+            with self._watching(), self._quiet_begin(begun):
+                output = loop(batch_size, args, str(boundary), trial, ignore_keys_for_eval)
+            loss, begun = now.loss, True
+            if self.state.global_step < end:
+                break  # a callback stopped the training
         return output
 
     def _first_state(self) -> TrainerState:
@@ -407,20 +409,15 @@ class PruningMixin(Mixed):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _directory(self, trial: Any) -> Iterator[Path]:
-        """Where boundaries go: beside the checkpoints, or nowhere for long if none are wanted."""
-        if self.args.save_strategy != SaveStrategy.NO:
-            yield Path(self._get_output_dir(trial))
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
+    def _write_boundary(self, trial: Any) -> Path:
+        """A checkpoint at this step, with the model just cut and without optimizer states. Whole or not at all.
 
-    def _write_boundary(self, run: Run, directory: Path) -> Path:
-        """A checkpoint at this step, with the model just cut and without optimizer states. Whole or not at all."""
+        Where no checkpoints are wanted it holds no weights, and is gone after the run.
+        """
+        lasting = self.args.save_strategy != SaveStrategy.NO
+        directory = Path(self._get_output_dir(trial)) if lasting else self._scratch
         target = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         temporary = directory / f".{target.name}.tmp"
-        lasting = self.args.save_strategy != SaveStrategy.NO
         if self.args.should_save or not lasting:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

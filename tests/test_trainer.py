@@ -169,6 +169,24 @@ def test_stock_arguments(tmp_path, args):
     run.save_model(str(tmp_path / "small"))
 
 
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_out_of_memory_halves_the_batch_and_cuts_once(tmp_path, strategy):
+    class Full(TrainerCallback):
+        times = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3 and not self.times:
+                self.times += 1
+                raise RuntimeError("CUDA out of memory.")
+
+    args = {"auto_find_batch_size": True, "save_strategy": strategy}
+    run = trainer(tmp_path, args=args, callbacks=[Full()])
+    before = cost(run.model)
+    assert run.train().global_step == 32
+    assert len(run.results) == 1
+    assert 0.5 * before < cost(run.model) <= 0.6 * before
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
