@@ -250,6 +250,8 @@ class PruningMixin(Mixed):
         if self.pruning is None:
             with self._watching():
                 return loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.args.auto_find_batch_size and batch_size:
+            self._train_batch_size = batch_size  # the steps follow from it
         boundary = Path(resume_from_checkpoint) if resume_from_checkpoint else self._boundary
         self.state = self._first_state() if boundary is None else _state(boundary)
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
