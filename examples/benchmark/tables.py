@@ -66,7 +66,8 @@ def standard_error(values: Sequence[float]) -> float:
 def drop_table(cells: list[Cell]) -> list[Row]:
     """One row a method, one column a keep."""
     dense = good(where(cells, method="dense"))
-    rows = [{"": name} for name in names_in(cells) if name != "dense"]
+    columns = {f"{keep:.0%}": "–" for keep in keeps_in(cells)}  # in this order, whatever each row has
+    rows = [{"": name} | columns for name in names_in(cells) if name != "dense"]
     for keep in keeps_in(cells):
         at = {name: good(where(cells, method=name, keep=keep)) for name in names_in(cells)}
         drops = {name: paired(dense, found) for name, found in at.items() if found}
@@ -89,7 +90,8 @@ def drop_table(cells: list[Cell]) -> list[Row]:
 
 def figure_table(cells: list[Cell], key: str, form: str, better: Callable[..., float]) -> list[Row]:
     """One row a method, one column a keep: the mean over seeds, ± the standard deviation where there are several."""
-    rows = [{"": name} for name in names_in(cells)]
+    columns = {f"{keep:.0%}": "–" for keep in keeps_in(cells)}
+    rows = [{"": name} | columns for name in names_in(cells)]
     dense = [cell[key] for cell in good(where(cells, method="dense"))]
     for keep in keeps_in(cells):
         found = {
