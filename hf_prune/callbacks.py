@@ -5,6 +5,7 @@ Shapes: B examples, T tokens, U units of a site, K = U*w columns of a consumer's
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,12 @@ class PruningCallback(TrainerCallback):
         if self.plan is None:
             return self.result
         plan, self.plan = self.plan, None
+        if plan.cost["keep"] > self.pruning.keep:
+            warnings.warn(
+                f"The training ended before the schedule: {plan.cost['keep']:.3g} remains, keep={self.pruning.keep} was "
+                "asked. Cut the rest with prune().",
+                stacklevel=2,
+            )
         scores = {key: score.cpu() for key, score in self._scores.items()}
         analysis = Analysis(self._anatomy, replace(self.pruning, repair="none"), [], self._align, scores=scores)
         self.result = apply(model, analysis, plan)

@@ -562,6 +562,18 @@ def test_callback_scores_are_the_fisher_scores(tmp_path):
         assert torch.allclose(score, 0.1 * wanted[key], rtol=1e-3, atol=1e-8), key
 
 
+def test_callback_says_when_it_could_not_finish(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 6
+
+    model = tiny("BertForSequenceClassification")
+    callbacks = [PruningCallback(config(schedule="linear"), every=2), Stop()]
+    run = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(model), callbacks=callbacks)
+    with pytest.warns(UserWarning, match=r"ended before the schedule: 0\.\d+ remains, keep=0\.6 was asked"):
+        run.train()
+
+
 def test_callback_refusals(tmp_path):
     with pytest.raises(ValueError, match="criterion='hessian'"):
         PruningCallback(config(criterion="hessian"))
