@@ -87,8 +87,8 @@ class PruningCallback(TrainerCallback):
         plan, self.plan = self.plan, None
         if plan.cost["keep"] > self.pruning.keep:
             warnings.warn(
-                f"The training ended before the schedule: {plan.cost['keep']:.3g} remains, keep={self.pruning.keep} was "
-                "asked. Cut the rest with prune().",
+                f"The training ended before the schedule: {plan.cost['keep']:.3g} remains, of keep={self.pruning.keep} "
+                "asked for. Cut the rest with prune().",
                 stacklevel=2,
             )
         scores = {key: score.cpu() for key, score in self._scores.items()}

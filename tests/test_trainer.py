@@ -570,7 +570,7 @@ def test_callback_says_when_it_could_not_finish(tmp_path):
     model = tiny("BertForSequenceClassification")
     callbacks = [PruningCallback(config(schedule="linear"), every=2), Stop()]
     run = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(model), callbacks=callbacks)
-    with pytest.warns(UserWarning, match=r"ended before the schedule: 0\.\d+ remains, keep=0\.6 was asked"):
+    with pytest.warns(UserWarning, match=r"ended before the schedule: 0\.\d+ remains, of keep=0\.6 asked"):
         run.train()
 
 
