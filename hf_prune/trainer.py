@@ -11,19 +11,18 @@ import contextlib
 import copy
 import inspect
 import itertools
-import json
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -38,68 +37,11 @@ from .distill import LOGITS, Distillation
 from .losses import predictions
 from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
 from .plan import PruningPlan
+from .rounds import STATE_FILE, Round, RoundCallback, Run, complete_checkpoints, is_complete, trainer_state
 from .schedules import shares, targets
 
-STATE_FILE = "pruning_state.json"
 BASE = "base_model"  # beside adapters: the pruned weights that they belong to
-FORMAT = 1
 CALIBRATION_BATCH = 32  # examples at most
-
-
-@dataclass
-class Run:
-    """Where a run stands: what a checkpoint remembers beside the stock trainer's state."""
-
-    config: PruningConfig
-    dense_cost: dict[str, float]  # of the model handed in
-    cuts: int = 0
-    plan: PruningPlan | None = None  # all cuts so far, relative to the model handed in
-
-    def save(self, directory: Path) -> None:
-        plan = None if self.plan is None else self.plan.to_dict()
-        state = {"format": FORMAT, "config": self.config.to_dict(), "dense_cost": self.dense_cost, "cuts": self.cuts}
-        (directory / STATE_FILE).write_text(json.dumps({**state, "plan": plan}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, directory: Path) -> Run:
-        found = json.loads((directory / STATE_FILE).read_text())
-        plan = None if found["plan"] is None else PruningPlan.from_dict(found["plan"])
-        return cls(PruningConfig.from_dict(found["config"]), found["dense_cost"], found["cuts"], plan)
-
-
-@dataclass
-class Round:
-    """One round of a run, and what the rounds before it leave to be reported at the end."""
-
-    number: int
-    of: int
-    start: int  # step
-    end: int
-    keep: float  # of the model handed in
-    started: float = 0.0  # the run, not the round
-    first_step: int = 0
-    loss: float = 0.0  # summed over the steps of earlier rounds
-
-    @property
-    def is_last(self) -> bool:
-        return self.number == self.of - 1
-
-
-class RoundCallback(TrainerCallback):
-    """Ends a round at its step, and names the round beside the stock progress bar."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self.trainer.round
-        for callback in self.trainer.callback_handler.callbacks if now else ():
-            if getattr(callback, "training_bar", None) is not None:
-                callback.training_bar.set_description(f"round {now.number + 1}/{now.of}, keep {now.keep:.3g}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.round and state.global_step >= self.trainer.round.end:
-            control.should_training_stop = control.should_log = True
 
 
 if TYPE_CHECKING:
@@ -224,7 +166,7 @@ class PruningMixin(Mixed):
             given = str(found[-1])
         if not given:
             return None
-        if not _is_complete(Path(given)):
+        if not is_complete(Path(given)):
             raise ValueError(f"{given} is no complete checkpoint of a run with pruning (no {STATE_FILE} in it).")
         theirs, ours = Run.load(Path(given)).config.to_dict(), self.pruning.to_dict()
         changed = {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
@@ -253,7 +195,7 @@ class PruningMixin(Mixed):
         if self.args.auto_find_batch_size and batch_size:
             self._train_batch_size = batch_size  # the steps follow from it
         boundary = Path(resume_from_checkpoint) if resume_from_checkpoint else self._boundary
-        self.state = self._first_state() if boundary is None else _state(boundary)
+        self.state = self._first_state() if boundary is None else trainer_state(boundary)
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         self.state.train_batch_size = self._train_batch_size
         self.state.compute_steps(self.args, steps)
@@ -547,24 +489,6 @@ class PruningTrainer(PruningMixin, Trainer):
 
 class PruningSeq2SeqTrainer(PruningMixin, Seq2SeqTrainer):
     """The same for transformers' Seq2SeqTrainer."""
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that a run can go on from, by step; half-written ones are left out."""
-    found = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    return sorted((path for path in found if _is_complete(path)), key=lambda path: int(path.name.split("-")[-1]))
-
-
-def _is_complete(directory: Path) -> bool:
-    """The stock trainer writes its state last."""
-    try:
-        return all(json.loads((directory / name).read_text()) for name in (STATE_FILE, TRAINER_STATE_NAME))
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def _state(directory: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
 
 
 def _cut_by(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> None:

@@ -23,7 +23,7 @@ PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
     "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
     "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
-    "callbacks", "distill", "trainer",
+    "callbacks", "distill", "rounds", "trainer",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from hf_prune import (
     describe,
 )
 from hf_prune.costs import dense_counts, report
-from hf_prune.trainer import STATE_FILE, complete_checkpoints
+from hf_prune.rounds import STATE_FILE, complete_checkpoints
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tokens to refit"),
