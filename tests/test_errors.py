@@ -320,7 +320,7 @@ def test_a_killed_save_leaves_nothing_under_the_final_name(tmp_path):
         from tiny import cut_tiny
         from hf_prune import checkpoint
         model = cut_tiny("BertForSequenceClassification", "per_layer")
-        checkpoint._prove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is proven
+        checkpoint.prove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is proven
         checkpoint.save_pretrained(model, {str(tmp_path / "out")!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
