@@ -398,7 +398,7 @@ class PruningMixin(Mixed):
         record = record_of(self._plain())
         if record is not None:
             record.plan.save(home / PLAN_FILE)
-        if self._run is not None:
+        if self._run is not None and directory.name.lstrip(".").startswith(PREFIX_CHECKPOINT_DIR):
             self._run.save(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

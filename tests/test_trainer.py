@@ -285,6 +285,7 @@ def test_a_save_into_the_output_directory_keeps_the_checkpoints(tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.allclose(outputs(run.model.eval(), batch)[0], outputs(again, batch)[0], atol=1e-6)
     assert (tmp_path / "pruning_plan.json").exists()
+    assert not (tmp_path / STATE_FILE).exists()  # of checkpoints alone
 
 
 def test_a_save_that_does_not_reload_is_not_left(tmp_path, monkeypatch):
