@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from .config import PruningConfig
 from .plan import PruningPlan
@@ -71,7 +71,8 @@ class RoundCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.round and state.global_step >= self.trainer.round.end:
-            control.should_training_stop = control.should_log = True
+            control.should_training_stop = True
+            control.should_log |= args.logging_strategy != IntervalStrategy.NO
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
