@@ -260,7 +260,7 @@ class Sums:
     """Running sums over tokens of a consumer's input, in fp32."""
 
     def __init__(self, columns: int, device: torch.device, full: bool) -> None:
-        self.tokens = torch.zeros((), device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # fp32 stops counting at 2**24
         self.total = torch.zeros(columns, device=device)
         self.square = torch.zeros(columns, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if full else None
