@@ -23,15 +23,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens:UserWarning")  # a tiny example has few
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # TrainingArguments' default, without a GPU
 def test_the_example_runs_as_written(tmp_path, monkeypatch, tokenizer, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_model("bert", intermediate_size=1024).save_pretrained("my-finetuned-bert")
     tokenizer.save_pretrained("my-finetuned-bert")
     texts = ["good film", "bad plot", "the good plot", "the bad film"] * 60
     rows = {"label": [1, 0] * 120, **tokenizer(texts, return_token_type_ids=False)}
-    example = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert example is not None
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(examples) == 2
     names = {"train_dataset": Dataset.from_dict(rows)}
-    exec(example.group(1), names)
+    for example in examples:
+        exec(example, names)
     assert "ffn" in capsys.readouterr().out
     assert Path("small/config.json").exists()
