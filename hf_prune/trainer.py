@@ -108,8 +108,12 @@ class PruningMixin(Mixed):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        if self.pruning is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+        asked = {
+            "FSDP": self.args.fsdp or self.is_fsdp_enabled,
+            "DeepSpeed": self.args.deepspeed or self.is_deepspeed_enabled,
+        }
+        name = next((name for name, is_asked in asked.items() if is_asked), None)
+        if self.pruning is not None and name:
             raise ValueError(
                 f"A model that {name} shards cannot be cut. Cut it with hf_prune.prune() first and train the result "
                 f"with pruning=None, or use plain data parallelism (torchrun without {name})."

@@ -42,6 +42,7 @@ pytestmark = [
 ]
 
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 STEPS = {"save_strategy": "steps", "save_steps": 3}
 
 
@@ -300,11 +301,12 @@ def test_a_save_that_does_not_reload_is_not_left(tmp_path, monkeypatch):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def alone(directory, *arguments, launcher=(sys.executable,)):
+def alone(directory, *arguments, launcher=(sys.executable,), fails=False):
     """The script in a process of its own, as a user runs it."""
     command = [*launcher, str(Path(training.__file__)), str(directory), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.returncode != 0) == fails, done.stderr[-2000:]
+    return done.stderr
 
 
 def test_killed_and_resumed_it_ends_the_same(tmp_path):
@@ -378,8 +380,7 @@ def test_resume_with_another_config(tmp_path):
 
 def test_two_processes_do_as_one(tmp_path):
     """The same global batch: the same plans, the same loss."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    for name, size, launcher in (("one", 8, (sys.executable,)), ("two", 4, torchrun)):
+    for name, size, launcher in (("one", 8, (sys.executable,)), ("two", 4, TORCHRUN)):
         (tmp_path / name).mkdir()
         alone(tmp_path / name, size, launcher=launcher)
     one = json.loads((tmp_path / "one" / "result-0.json").read_text())
@@ -491,12 +492,19 @@ def test_an_optimizer_of_the_dense_weights(tmp_path):
         trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
 
 
-def test_sharded_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "is_fsdp_enabled", True, raising=False)
-    monkeypatch.setattr(PruningMixin, "is_fsdp_enabled", True, raising=False)
+def test_sharded_training_is_refused_where_it_is_launched(tmp_path):
+    said = alone(tmp_path, "fsdp", launcher=TORCHRUN, fails=True)
+    assert "ValueError: A model that FSDP shards cannot be cut" in said
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("FSDP", {"is_fsdp_enabled": True}), ("DeepSpeed", {"is_deepspeed_enabled": True})]
+)
+def test_sharded_training_by_an_accelerate_config_is_refused(tmp_path, name, changes):
     run = trainer(tmp_path)
-    run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="FSDP shards cannot be cut"):
+    vars(run).update(changes)
+    with pytest.raises(ValueError, match=f"{name} shards cannot be cut"):
         run._check()
 
 

@@ -1,6 +1,7 @@
 """A tiny training run with pruning, for tests that run it in this process, kill it, or run it in two.
 
 As a script: `python training.py OUT BATCH` (under torchrun, say) trains and writes OUT/result-RANK.json;
+`python training.py OUT fsdp` asks for FSDP as well;
 `python training.py OUT kill SECONDS...` forks, kills each attempt after so many seconds, resumes, and lets the last
 one finish.
 """
@@ -107,7 +108,8 @@ if __name__ == "__main__":
     if sys.argv[2:3] == ["kill"]:
         killed(where, [float(seconds) for seconds in sys.argv[3:]])
     else:
-        size = {"per_device_train_batch_size": int(sys.argv[2])}
-        run = trainer(where / "run", "LlamaForCausalLM", args=size, pruning={"rounds": 2, "shapes": "per_layer"})
+        sharded = sys.argv[2] == "fsdp"
+        args = {"fsdp": True} if sharded else {"per_device_train_batch_size": int(sys.argv[2])}
+        run = trainer(where / "run", "LlamaForCausalLM", args=args, pruning={"rounds": 2, "shapes": "per_layer"})
         found = result(run, run.train())
         (where / f"result-{run.args.process_index}.json").write_text(json.dumps(found))
