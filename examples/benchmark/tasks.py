@@ -135,7 +135,13 @@ def classifier(name: str, at: Settings, cache: Path, seed: int) -> Task:
         fields={"sequence_length": at.length, "calibration_samples": at.calibration, "calibration_seed": seed},
         evaluate=lambda pruned: _accuracy(_correctness(pruned, tokens["validation"], tokenizer)),
         shallow=shallow,
-        training={"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "warmup_steps": 0.1},
+        training={
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 2e-4,
+            "warmup_steps": 0.1,
+            "train_sampling_strategy": "group_by_length",
+        },
         lora={"task_type": "SEQ_CLS"},
     )
 
@@ -184,11 +190,17 @@ def language_model(name: str, at: Settings, cache: Path, seed: int) -> Task:
         },
         evaluate=evaluate,
         collator=default_data_collator,
-        training={"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 0.1},
+        training={
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0.1,
+            "bf16": True,
+        },
         training_rows=_labelled(calibration(tokenizer, at.training_tokens, at.length, seed))
         if at.training_tokens
         else None,
-        distillation={"hidden_weight": 0.0},
+        distillation={"task_weight": 0.0, "logits_weight": 1.0, "temperature": 1.0, "hidden_weight": 0.0},  # Minitron's
         lora={"task_type": "CAUSAL_LM"},
     )
 
@@ -210,7 +222,7 @@ LLM = Settings(
     keeps=(0.9, 0.8, 0.7, 0.5), seeds=(0,), length=256, calibration=64, windows=8, items=25, cost_keep=0.8
 )  # fmt: skip
 RECOVERY = replace(ENCODER, keeps=(0.5, 0.3, 0.2, 0.1), latency=())
-LLM_RECOVERY = replace(LLM, keeps=(0.7,), training_tokens=98304)
+LLM_RECOVERY = replace(LLM, keeps=(0.7,), training_tokens=196608)
 
 TASKS: dict[str, tuple[Callable[[str, Settings, Path, int], Task], Settings]] = {
     "encoder": (classifier, ENCODER),
