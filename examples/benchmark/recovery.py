@@ -16,8 +16,8 @@ from hf_prune import DistillationConfig, PruningCallback, PruningTrainer
 
 def arguments(task: Task, out: str, **changes: Any) -> TrainingArguments:
     given = {**task.training, "seed": task.seed, "save_strategy": "no", "report_to": "none", **changes}
-    pin = torch.cuda.is_available()
-    return TrainingArguments(out, logging_strategy="no", dataloader_pin_memory=pin, **given)
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(out, logging_strategy="no", use_cpu=not gpu, dataloader_pin_memory=gpu, **given)
 
 
 def _common(task: Task, model: Any, args: TrainingArguments) -> dict[str, Any]:
