@@ -35,7 +35,7 @@ from .costs import dense_counts
 from .costs import report as cost_report
 from .distill import LOGITS, Distillation
 from .losses import predictions
-from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
+from .oneshot import Analysis, PruneResult, analyze, apply, record_of
 from .plan import PruningPlan
 from .rounds import STATE_FILE, Round, RoundCallback, Run, complete_checkpoints, is_complete, trainer_state
 from .schedules import shares, targets
@@ -401,7 +401,7 @@ class PruningMixin(Mixed):
             copy.deepcopy(self.model).unload().save_pretrained(home)
         record = record_of(self._plain())
         if record is not None:
-            record.plan.save(home / PLAN_FILE)
+            record.save(home)
         if self._run is not None and directory.name.lstrip(".").startswith(PREFIX_CHECKPOINT_DIR):
             self._run.save(directory)
 

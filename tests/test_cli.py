@@ -19,6 +19,10 @@ from hf_prune.config import TRAINING_FIELDS
 
 CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
 FLAGS = {
+    "bench": "--batch --compile --debug --help --length --new-tokens --out --runs",
+    "card": "--base-model --datasets --debug --help --license --name",
+    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to",
+    "push": "--debug --help --private --revision",
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
     "prune": (
@@ -92,13 +96,13 @@ def test_help(command, capsys):
 
 
 def test_flags_become_the_config():
-    from hf_prune.cli import _config
+    from hf_prune.commands.prune import pruning_config
 
     start = ["prune", "m", "--data", "d"]
     given = parser().parse_args([*start, "--units", "heads,neurons", "--metric", "params", "--align", "4"])
-    assert _config(given, 0.7) == PruningConfig(keep=0.7, units=["heads", "neurons"], metric="params", align=4)
+    assert pruning_config(given, 0.7) == PruningConfig(keep=0.7, units=["heads", "neurons"], metric="params", align=4)
     given = parser().parse_args([*start, "--preset", "flap", "--shapes", "uniform"])
-    assert _config(given, 0.5) == PruningConfig.preset("flap", shapes="uniform", keep=0.5)
+    assert pruning_config(given, 0.5) == PruningConfig.preset("flap", shapes="uniform", keep=0.5)
 
 
 def test_prune_classifier(bert, labelled, tmp_path, capsys):
@@ -165,11 +169,11 @@ def test_several_keeps_make_one_table_from_one_pass(bert, labelled, tmp_path, ca
 
 
 def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune import cli
+    from hf_prune.commands import prune
 
     opened = []
-    original = cli._open
-    monkeypatch.setattr(cli, "_open", lambda options: opened.append(original(options)) or opened[-1])
+    original = prune.open_model
+    monkeypatch.setattr(prune, "open_model", lambda options: opened.append(original(options)) or opened[-1])
     out = tmp_path / "out"
     arguments = ["--keep", "0.8,0.6", "--shapes", "uniform", "--dry-run", "--out", str(out)]
     assert main(["prune", bert, "--data", labelled, *arguments, *CUT]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -20,8 +21,11 @@ from .. import oneshot
 from ..allocate import SHAPES
 from ..checkpoint import save_pretrained
 from ..config import PruningConfig
+from ..report import corners
+from ..report.card import EVALUATION, write_card
 from ..report.engines import PLAIN, opened_by, opening_lines
 from ..report.measure import compare, directory_bytes
+from ..report.render import write
 from ..report.table import Row, console, count, markdown, rich_table
 from .finetune import finetuned
 from .real import minilm_path, reviews, tokenized
@@ -30,6 +34,8 @@ RELOAD = Path(__file__).with_name("reload.py")
 MAX_LENGTH = 64
 LATENCY_SHAPES = ((1, MAX_LENGTH), (32, MAX_LENGTH))
 NOT_PRUNED = "dense"
+CORNER = "uniform"  # the shapes that are also quantised
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,12 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
         | measured[NOT_PRUNED]["settings"]
         | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
     }
+    corner = _corners(models, data["validation"], tokenizer, settings)
+    _cards(out, found, measured, corner)
     rows = _rows(table["models"])
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(markdown(rows) + "\n")
-    _show(screen, rows, table, out)
+    _show(screen, rows, table, corner, out)
     return table
 
 
@@ -128,6 +136,43 @@ def _reload(out: Path, cache: Path, names: list[str], validation: Any) -> dict[s
     return found
 
 
+def _corners(models: Mapping[str, Any], validation: Any, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Pruning and INT8 together, with each engine that is installed."""
+
+    def accuracy(call: Any) -> dict[str, float]:
+        right = 0
+        for row in tqdm(validation, desc="accuracy", leave=False):
+            inputs = tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+            right += int(call(**inputs).logits.argmax(-1) == row["label"])
+        return {"accuracy": right / len(validation)}
+
+    given: Any = {"shapes": LATENCY_SHAPES, "runs": settings.latency_runs}
+    found = []
+    for engine in corners.ENGINES:
+        with contextlib.suppress(ImportError):
+            found.append(corners.corners(models[NOT_PRUNED], models[CORNER], accuracy, engine=engine, **given))
+    return found
+
+
+def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], corner: list[dict[str, Any]]) -> None:
+    """A card for each pruned model, from JSON files written beside it."""
+    for name in SHAPES:
+        home = out / name
+        results = {"dense": found[NOT_PRUNED], "pruned": found[name]}
+        evaluation = {
+            "dataset": "Rotten Tomatoes",
+            "split": "validation",
+            "rows": found[name]["rows"],
+            "command": "hf-prune demo",
+            "results": {which: {"accuracy": result["accuracy"]} for which, result in results.items()},
+        }
+        (home / EVALUATION).write_text(json.dumps(evaluation, indent=1) + "\n")
+        write({NOT_PRUNED: measured[NOT_PRUNED], name: measured[name]}, home)
+        if corner and name == CORNER:
+            corners.write_corners(corner, home)
+        write_card(home, name=f"minilm-l6-rotten-tomatoes-{name}", base_model=BASE, license="apache-2.0")
+
+
 def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """The printed table: one row a figure, one column a model."""
     dense = models[NOT_PRUNED]
@@ -149,14 +194,19 @@ def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return [*rows, {"": "what opens it"} | {name: m["opened_by"].replace(" + ", " +\n") for name, m in models.items()}]
 
 
-def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], out: Path) -> None:
+def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], corner: list[dict[str, Any]], out: Path) -> None:
     at = table["settings"]
     screen.print(rich_table(rows, title="MiniLM-L6 on Rotten Tomatoes, no training after the cut"))
     screen.print(
         f"Latency: median of {at['latency_runs']} interleaved runs, unpadded, {at['dtype']}, "
         f"{at['device']}, {at['threads']} threads. Accuracy: measured in a separate process that opened the directory."
     )
+    for engine in corner:
+        screen.print(rich_table(corners.corner_rows(engine), title=f"Pruned ({CORNER}) and INT8, {engine['engine']}"))
+        screen.print(corners.corner_line(engine), markup=False)
     for name, model in table["models"].items():
         screen.print(f"\n# {name}: {model['opened_by']}\n" + "\n".join(model["lines"]), markup=False, soft_wrap=True)
-    screen.print(f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json", markup=False)
+    screen.print(
+        f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json; cards: {out}/*/README.md", markup=False
+    )
     screen.print(f"{at['seconds']:.0f} s in all.")

@@ -1,0 +1,100 @@
+"""A model as an ONNX graph for ONNX Runtime, in any shapes, in its own precision or with INT8 weights.
+
+transformers' own exporter does the work: one graph for a classifier or an encoder; for a model that generates, one for
+the prompt and one for each token after it, with the cache. Nothing stays under the final name that ONNX Runtime does
+not reproduce.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..anatomy import quiet
+from ..checkpoint import beside, proof_inputs, refuse_full
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-3  # of the largest output; INT8 is reported, not judged
+INSTALL = "pip install 'hf-prune[onnx]'"
+
+
+def to_onnx(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    *,
+    int8: bool = False,
+    processing_class: Any = None,
+    overwrite: bool = False,
+) -> float:
+    """Write `model.onnx` (of a language model one graph for the prompt, one for the tokens after it) and prove it.
+
+    Args:
+        batches: inputs to compare on; default: rows kept by prune(), else random tokens.
+        int8: weights and embeddings in INT8, activations quantised as they come (dynamic).
+        processing_class: tokenizer or processor, saved alongside.
+        overwrite: replace a directory that is not empty.
+
+    Returns:
+        The largest difference between ONNX Runtime's and torch's output, relative to the largest output.
+
+    Raises:
+        FileExistsError: the directory is not empty. ImportError: an ONNX package is missing.
+        RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
+    """
+    target = Path(directory)
+    refuse_full(target, overwrite)
+    exporter, config = _exporter(int8)
+    inputs = proof_inputs(model, batches)
+    with quiet(model), torch.no_grad():
+        if model.can_generate():
+            exported = exporter.export_for_generation(model, dict(inputs), config)
+        else:
+            exported = exporter.export(model, dict(inputs), config)
+        with beside(target) as temporary:
+            exported.save_pretrained(temporary)
+            if processing_class is not None:
+                processing_class.save_pretrained(temporary)
+            difference = _difference(model, temporary, inputs)
+            if not int8 and not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"ONNX Runtime's outputs differ from torch's by {difference:.2e} of the largest (allowed "
+                    f"{TOLERANCE:.0e}). Nothing was saved."
+                )
+    return difference
+
+
+def _exporter(int8: bool) -> tuple[Any, Any]:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        from onnxruntime.quantization import QuantType
+        from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX export needs onnx, onnxscript, onnxruntime and transformers >= 5.23: {INSTALL}"
+        ) from error
+    quantizer = None
+    if int8:
+        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8))
+    return OnnxExporter(), OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=quantizer)
+
+
+def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float:
+    from transformers.exporters import ExportedModel
+
+    exported = ExportedModel.from_pretrained(directory)
+    call: Any = exported
+    if model.can_generate():
+        call = exported.runners["prefill"]
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        inputs = {**inputs, "position_ids": positions} if "position_ids" in call.metadata.kwargs else inputs
+    ours, theirs = (output.to_tuple()[0].float() for output in (model(**inputs), call(**inputs)))
+    return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1.0)).item()
