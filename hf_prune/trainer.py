@@ -34,7 +34,6 @@ from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
 from .costs import report as cost_report
 from .distill import LOGITS, Distillation
-from .losses import predictions
 from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
 from .plan import PruningPlan
 from .rounds import STATE_FILE, Round, RoundCallback, Run, complete_checkpoints, is_complete, trainer_state
@@ -463,8 +462,8 @@ class PruningMixin(Mixed):
             total = self.distillation.task_weight * task
         if output is None:
             output = model(**forward_inputs(student, batch))
-        part = self._part(sum(map(len, predictions(student, output, batch))), num_items_in_batch)
-        total = total + part * self._distiller.loss(student, output, batch, self._seen, logits)
+        taught, rows = self._distiller.loss(student, output, batch, self._seen, logits)
+        total = total + self._part(rows, num_items_in_batch) * taught
         return (total, output) if return_outputs else total
 
     def _set_signature_columns_if_needed(self) -> None:
