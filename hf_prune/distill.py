@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from .anatomy import quiet
 from .batches import Batch, forward_inputs, prepare, token_mask
@@ -39,25 +38,36 @@ ATTENTION = ("attention", "cross_attention")
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, chunk: int = CHUNK) -> torch.Tensor:
     """KL(teacher, student) at a temperature, times its square, mean over rows. student, teacher: [n, V] -> scalar.
 
-    Formed in fp32, `chunk` logits at a time and again in the backward pass, so that nothing as wide as the vocabulary
-    is kept besides the logits (Hinton et al. 2015, section 2). A row of one value is a regression: its squared error.
+    Formed in fp32, `chunk` logits at a time and its gradient with it, so that nothing as wide as the vocabulary is kept
+    but the logits and that gradient (Hinton et al. 2015, section 2). A row of one value is a regression: its squared
+    error.
     """
     if not len(student):
         return student.sum() * 0.0
     if student.shape[-1] == 1:
         return functional.mse_loss(student.float(), teacher.float())
-    rows = max(chunk // student.shape[-1], 1)
-    parts = [
-        checkpoint(_divergence, s, t, temperature, use_reentrant=False)
-        for s, t in zip(student.split(rows), teacher.split(rows), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(student)
+    return _Divergence.apply(student, teacher, temperature, max(chunk // student.shape[-1], 1))
 
 
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    ours = (student.float() / temperature).log_softmax(-1)
-    theirs = (teacher.float() / temperature).log_softmax(-1)
-    return functional.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+class _Divergence(torch.autograd.Function):
+    """t² Σ p log(p/q) / n and its gradient t (q - p) / n, p and q the teacher's and student's softmax at t."""
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, t: float, rows: int) -> torch.Tensor:
+        total = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student)
+        for some, others, slot in zip(student.split(rows), teacher.split(rows), gradient.split(rows), strict=True):
+            ours, theirs = (some.float() / t).log_softmax(-1), (others.float() / t).log_softmax(-1)
+            p = theirs.exp()
+            total += theirs.sub_(ours).mul_(p).sum()
+            slot.copy_(ours.exp_().sub_(p).mul_(t / len(student)))
+        ctx.save_for_backward(gradient)
+        return total * t**2 / len(student)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None, None
 
 
 def relative_error(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -195,13 +205,17 @@ class Distillation:
         batch: Batch,
         ours: Mapping[SiteKey, torch.Tensor],
         logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The weighted sum of the terms, each a mean over the batch's labelled (logits) or real tokens. Scalar.
+    ) -> tuple[torch.Tensor, int]:
+        """The weighted sum of the terms, each a mean over the batch's labelled (logits) or real tokens; scalar.
 
         Args:
             ours: what `watched` saw of the student in the same forward pass.
             logits: the teacher's, where they are known.
+
+        Returns:
+            The loss, and how many rows the batch labels.
         """
+        predicted = predictions(student, output, batch)
         given: Any = SimpleNamespace(logits=logits)
         theirs: Mapping[SiteKey, torch.Tensor] = {}
         if self.teacher is not None:
@@ -210,14 +224,14 @@ class Distillation:
                 given = self.teacher(**forward_inputs(self.teacher, replace(batch, inputs=inputs)))
         terms = []
         if self.config.logits_weight:
-            pairs = zip(predictions(student, output, batch), predictions(student, given, batch), strict=True)
+            pairs = zip(predicted, predictions(student, given, batch), strict=True)
             each = [divergence(a, b, self.config.temperature) for a, b in pairs]
             terms.append(self.config.logits_weight * torch.stack(each).mean())
         for kind, weight in (("hidden", self.config.hidden_weight), ("attention", self.config.attention_weight)):
             if weight:
                 each = [relative_error(a, b, m) for a, b, m in self._pairs(student, batch, kind, ours, theirs)]
                 terms.append(weight * torch.stack(each).mean())
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum(), sum(map(len, predicted))
 
     def _pairs(self, student: Any, batch: Batch, kind: str, ours: Any, theirs: Any) -> Iterator[tuple[Any, Any, Any]]:
         """(student's, teacher's, mask) for every layer."""

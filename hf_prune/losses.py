@@ -72,13 +72,19 @@ def predictions(model: PreTrainedModel, output: Any, batch: Batch) -> list[torch
         return [_real(output.start_logits, batch), _real(output.end_logits, batch)]
     logits, labels = output.logits, _labels(model, batch)
     if _is_causal_lm(model) and labels is not None:
-        return [logits[:, :-1][labels[:, 1:] != IGNORE]]
+        return [_labelled(logits[:, :-1], labels[:, 1:])]
     if logits.dim() == 3:
-        return [logits[labels != IGNORE] if labels is not None else logits.flatten(0, 1)]
+        return [_labelled(logits, labels) if labels is not None else logits.flatten(0, 1)]
     problem = None if labels is None else _problem(model, logits, labels)
     if problem == "multi_label_classification":
         return [torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1)]
     return [logits.reshape(-1, 1) if problem == "regression" else logits]
+
+
+def _labelled(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B, T, V], [B, T] -> [n, V]. Where all is labelled nothing is gathered, nor scattered in the backward pass."""
+    wanted, rows = (labels != IGNORE).flatten(), logits.flatten(0, 1)
+    return rows if wanted.all() else rows.index_select(0, wanted.nonzero().squeeze(1))
 
 
 def with_drawn_labels(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Batch:

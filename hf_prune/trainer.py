@@ -34,14 +34,15 @@ from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
 from .costs import report as cost_report
 from .distill import LOGITS, Distillation
-from .losses import predictions
-from .oneshot import Analysis, PruneResult, analyze, apply, record_of
+from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
 from .plan import PruningPlan
+from .report.card import write_card, write_evaluation
 from .rounds import STATE_FILE, Round, RoundCallback, Run, complete_checkpoints, is_complete, trainer_state
 from .schedules import shares, targets
 
 BASE = "base_model"  # beside adapters: the pruned weights that they belong to
 CALIBRATION_BATCH = 32  # examples at most
+NOT_QUALITY = ("_runtime", "_per_second", "_time", "epoch")  # of what `evaluate` reports
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class PruningMixin(Mixed):
         self.merge_adapters = merge_adapters
         self.calibration_dataset = calibration_dataset
         self.results: list[PruneResult] = []  # of each cut in this process
+        self._metrics: dict[str, dict[str, float]] = {}  # of the dense and of the pruned model
         self.round: Round | None = None
         self._run: Run | None = None
         self._boundary: Path | None = None
@@ -390,6 +392,40 @@ class PruningMixin(Mixed):
                 self._write(temporary, state_dict)
                 if isinstance(self.model, PreTrainedModel):
                     prove(self.model, temporary)
+                    if (temporary / PLAN_FILE).is_file():
+                        self._write_card(temporary)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the stock `evaluate`. What it finds before the cut and after it is on the model's card."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.pruning is not None and (kwargs.get("metric_key_prefix") or "eval") == "eval":
+            self._metrics["pruned" if self.results else "dense"] = {
+                name.removeprefix("eval_"): value
+                for name, value in metrics.items()
+                if isinstance(value, float) and not name.endswith(NOT_QUALITY)
+            }
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of a pruned model (see `hf_prune.report.card`) in output_dir; else the stock one."""
+        directory = Path(str(self.args.output_dir))
+        if self.pruning is None or not (directory / PLAN_FILE).is_file():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self._write_card(directory)
+
+    def _write_card(self, directory: Path) -> None:
+        info = getattr(self.eval_dataset, "info", None)
+        if self._metrics.get("pruned"):
+            write_evaluation(
+                directory,
+                self._metrics,
+                dataset=getattr(info, "dataset_name", None) or "the evaluation data of the run",
+                split=str(getattr(self.eval_dataset, "split", None) or "evaluation"),
+                rows=len(self.eval_dataset),
+                command="PruningTrainer.evaluate()",
+            )
+        write_card(directory)
 
     def _write(self, directory: Path, state_dict: Any = None) -> None:
         super()._save(str(directory), state_dict)
@@ -463,8 +499,8 @@ class PruningMixin(Mixed):
             total = self.distillation.task_weight * task
         if output is None:
             output = model(**forward_inputs(student, batch))
-        part = self._part(sum(map(len, predictions(student, output, batch))), num_items_in_batch)
-        total = total + part * self._distiller.loss(student, output, batch, self._seen, logits)
+        taught, rows = self._distiller.loss(student, output, batch, self._seen, logits)
+        total = total + self._part(rows, num_items_in_batch) * taught
         return (total, output) if return_outputs else total
 
     def _set_signature_columns_if_needed(self) -> None:

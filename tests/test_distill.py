@@ -82,7 +82,7 @@ def test_a_model_has_nothing_to_learn_from_itself(name):
     for teacher, same in ((copy.deepcopy(model), True), (tiny(name, seed=1), False)):
         distiller = Distillation(model, teacher, DistillationConfig(**ALL))
         with distiller.watched(model) as seen:
-            loss = distiller.loss(model, model(**batch.inputs), batch, seen)
+            loss, _ = distiller.loss(model, model(**batch.inputs), batch, seen)
         assert (loss.item() < 1e-6) == same
     assert loss.requires_grad
 
@@ -99,7 +99,7 @@ def test_every_term_teaches(name, term):
     losses = []
     with distiller.watched(student) as seen:
         for _ in range(5):
-            loss = distiller.loss(student, student(**batch.inputs), batch, seen)
+            loss, _ = distiller.loss(student, student(**batch.inputs), batch, seen)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -114,7 +114,7 @@ def test_several_labels_and_regression():
         batch = prepare(student, {**tiny_batch(student), "labels": labels}, torch.zeros(8))
         distiller = Distillation(student, teacher, DistillationConfig(hidden_weight=0.0))
         with distiller.watched(student) as seen:
-            assert distiller.loss(student, student(**batch.inputs), batch, seen) > 1e-4
+            assert distiller.loss(student, student(**batch.inputs), batch, seen)[0] > 1e-4
 
 
 def test_the_teacher_is_the_model_before_the_cut(tmp_path):

@@ -118,7 +118,7 @@ METHODS: tuple[Method, ...] = (
     Method("per_layer + distillation", trained("per_layer"), tasks=TRAINED),
     Method("per_layer + labels", trained("per_layer", distilled=False), tasks=RECOVERY, keeps=(0.3,)),
     Method("per_layer + distillation + LoRA", LORA, tasks=RECOVERY, keeps=(0.3,)),
-    Method("per_layer + distillation + 3 rounds", trained("per_layer", rounds=3), tasks=RECOVERY, keeps=(0.3, 0.1)),
+    Method("per_layer + distillation + 3 rounds", trained("per_layer", rounds=3), tasks=RECOVERY, keeps=(0.1,)),
     Method(
         "per_layer + PruningCallback", masked("per_layer"), tasks=RECOVERY, keeps=(0.3,), note="masks, stock Trainer"
     ),

@@ -22,7 +22,7 @@ from ..allocate import SHAPES
 from ..checkpoint import save_pretrained
 from ..config import PruningConfig
 from ..report import corners
-from ..report.card import EVALUATION, write_card
+from ..report.card import write_card, write_evaluation
 from ..report.engines import PLAIN, opened_by, opening_lines
 from ..report.measure import compare, directory_bytes
 from ..report.render import write
@@ -159,14 +159,14 @@ def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], cor
     for name in SHAPES:
         home = out / name
         results = {"dense": found[NOT_PRUNED], "pruned": found[name]}
-        evaluation = {
-            "dataset": "Rotten Tomatoes",
-            "split": "validation",
-            "rows": found[name]["rows"],
-            "command": "hf-prune demo",
-            "results": {which: {"accuracy": result["accuracy"]} for which, result in results.items()},
-        }
-        (home / EVALUATION).write_text(json.dumps(evaluation, indent=1) + "\n")
+        write_evaluation(
+            home,
+            {which: {"accuracy": result["accuracy"]} for which, result in results.items()},
+            dataset="Rotten Tomatoes",
+            split="validation",
+            rows=found[name]["rows"],
+            command="hf-prune demo",
+        )
         write({NOT_PRUNED: measured[NOT_PRUNED], name: measured[name]}, home)
         if corner and name == CORNER:
             corners.write_corners(corner, home)

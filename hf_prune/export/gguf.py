@@ -78,7 +78,9 @@ def to_gguf(
     except ImportError as error:
         raise ImportError(f"GGUF needs the gguf package: {INSTALL}") from error
     if dtype not in TYPES:
-        raise ValueError(f"dtype={dtype!r}: llama.cpp's own tools make other types of a file; here: {', '.join(TYPES)}.")
+        raise ValueError(
+            f"dtype={dtype!r}: llama.cpp's own tools make other types of a file; here: {', '.join(TYPES)}."
+        )
     row, name = _architecture(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -144,7 +146,9 @@ def _sizes(writer: Any, model: PreTrainedModel) -> None:
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"llama.cpp: rotary embeddings of type {rope['rope_type']!r} are not written yet; only plain ones.")
+        raise ValueError(
+            f"llama.cpp: rotary embeddings of type {rope['rope_type']!r} are not written yet; only plain ones."
+        )
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     if getattr(config, "sliding_window", None):

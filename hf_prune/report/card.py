@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -87,6 +88,14 @@ class Evidence:
         return {name: (results.get(DENSE, {}).get(name), value) for name, value in results.get(PRUNED, {}).items()}
 
 
+def write_evaluation(
+    directory: Path, results: Mapping[str, Any], *, dataset: str, split: str, rows: int, command: str
+) -> None:
+    """evaluation.json. results: {"dense": {metric: value}, "pruned": {...}}; the dense ones may be missing."""
+    found = {"dataset": dataset, "split": split, "rows": rows, "command": command, "results": results}
+    (directory / EVALUATION).write_text(json.dumps(found, indent=1) + "\n")
+
+
 def write_card(
     directory: str | os.PathLike[str],
     *,
@@ -104,7 +113,7 @@ def write_card(
         datasets: Hub ids; default: what evaluation.json names.
 
     Raises:
-        ValueError: no directory that hf_prune saved. ImportError: no matplotlib.
+        ValueError: no directory that hf_prune saved.
     """
     directory = Path(directory)
     if not (directory / PLAN_FILE).is_file() or not (directory / "config.json").is_file():
@@ -287,10 +296,12 @@ def _sources(found: Evidence) -> str:
 
 
 def _draw(found: Evidence) -> dict[str, str | None]:
-    """Draw every picture that the evidence allows; their paths relative to the card."""
+    """Draw every picture that the evidence allows; their paths relative to the card. None without matplotlib."""
+    drawn: dict[str, str | None] = dict.fromkeys(("kept_units", "scores", "before_after"))
+    if importlib.util.find_spec("matplotlib") is None:
+        return drawn
     home = found.directory / PICTURES
     home.mkdir(exist_ok=True)
-    drawn: dict[str, str | None] = dict.fromkeys(("kept_units", "scores", "before_after"))
 
     def path(name: str) -> Path:
         drawn[name] = f"{PICTURES}/{name}.png"
