@@ -16,9 +16,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "examples"))
-sys.path.append(str(HERE.parent / "examples" / "benchmark"))
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmark"))
 
 from tasks import ENCODER, LLM, Task, classifier, language_model
 
@@ -29,6 +27,7 @@ from hf_prune.report.card import EVALUATION, write_card, write_evaluation
 from hf_prune.report.measure import compare
 from hf_prune.report.render import MEASUREMENTS, write
 
+HERE = Path(__file__).parent
 SHOWN = ("README.md", EVALUATION, MEASUREMENTS, PLAN_FILE, REPORT_FILE, "config.json", PROOF_FILE)
 MODELS: dict[str, dict[str, Any]] = {
     "minilm": {

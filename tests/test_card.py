@@ -95,7 +95,8 @@ def test_the_lines_that_open_it_do(small, monkeypatch):
     text = write_card(small).read_text()
     monkeypatch.chdir(small.parent)
     code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
-    assert ("import hf_prune" in code) == ("stock" not in json.loads((small / "config.json").read_text())["hf_prune"]["shapes"])
+    shapes = json.loads((small / "config.json").read_text())["hf_prune"]["shapes"]
+    assert ("import hf_prune" in code) == (shapes != "stock")
     exec(code.split("pipe =")[0], {})
 
 
@@ -110,7 +111,8 @@ def test_without_measurements_it_says_so(small):
 
 def test_int8_is_shown_where_it_was_measured(small):
     at = {"what": "forward", "batch": 1, "length": 8, "median_ms": 1.5, "speedup": 2.0, "runs": 3}
-    models = {name: {"bytes": 10**6, "metrics": {"accuracy": 0.5}, "latency": [at]} for name in ("dense", "pruned INT8")}
+    model = {"bytes": 10**6, "metrics": {"accuracy": 0.5}, "latency": [at]}
+    models = {"dense": model, "pruned INT8": model}
     engine = {"engine": "onnxruntime", "instructions": "avx2", "device": "a CPU", "threads": 2, "models": models}
     (small / CORNERS_FILE).write_text(json.dumps([engine]))
     text = write_card(small).read_text()

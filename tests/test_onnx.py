@@ -47,7 +47,8 @@ def test_int8_is_smaller(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "class_name"), [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("qwen2", "Qwen2ForCausalLM")]
+    ("family", "class_name"),
+    [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("qwen2", "Qwen2ForCausalLM")],
 )
 def test_decoders_with_their_cache(tmp_path, family, class_name):
     from transformers.exporters import ExportedModel
