@@ -133,7 +133,7 @@ def _by_layer(model: PreTrainedModel) -> dict[str, list[int]]:
 def _sizes(writer: Any, model: PreTrainedModel) -> None:
     config: Any = model.config.get_text_config()
     head_dim = next(site.head_dim for site in describe(model).sites if site.is_attention)
-    writer.add_name(Path(config._name_or_path).name or config.model_type)
+    writer.add_name(Path(config._name_or_path).name or "pruned")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -1,0 +1,96 @@
+"""GGUF files: read back by transformers' own GGUF reader with the same outputs, and run by llama.cpp where it is."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_text
+import torch
+from tiny import tiny_batch, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_prune import PruningConfig, prune
+
+from hf_prune.export.gguf import ARCHITECTURES, interleave, to_gguf
+
+gguf = pytest.importorskip("gguf", reason="needs hf-prune[gguf]")
+
+CONFIG = {"keep": 0.6, "align": 4, "calibration_samples": 64, "sequence_length": 12}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE with the vocabulary of the tiny models."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[BOS]", "[EOS]"]
+    trainer = trainers.BpeTrainer(vocab_size=99, special_tokens=special, initial_alphabet=[], show_progress=False)
+    backend.train_from_iterator(tiny_text.sentences(50), trainer)
+    names = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def small(family, shapes):
+    model = tiny_model(family, CLASSES[family])
+    prune(model, [tiny_batch(model, 64)], PruningConfig(shapes=shapes, **CONFIG))
+    return model.eval()
+
+
+def test_every_row_is_a_family_of_ours():
+    assert set(ARCHITECTURES) == set(CLASSES)
+
+
+def test_interleave_pairs_the_halves_of_each_head():
+    weight = torch.arange(8)[:, None]  # two heads of four rows
+    assert interleave(weight, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_transformers_reads_it_back(tmp_path, family, tokenizer):
+    model = small(family, "uniform")
+    to_gguf(model, tmp_path / "m.gguf", tokenizer, dtype="f32", pre_tokenizer="gpt-2")
+    given = {"gguf_file": "m.gguf", "config": model.config, "dtype": torch.float32}  # it reads not all sizes itself
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **given).eval()
+    ids = torch.arange(8, 24).reshape(2, 8)
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, again(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_layers_of_different_sizes_become_lists(tmp_path, tokenizer):
+    model = small("llama", "per_layer")
+    to_gguf(model, tmp_path / "m.gguf", tokenizer, pre_tokenizer="gpt-2")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("general.architecture").contents() == "deci"
+    widths = reader.get_field("deci.feed_forward_length").contents()
+    assert widths == [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+
+
+def test_what_llama_cpp_cannot_build_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"builds every layer of a qwen2 alike.*shapes='uniform'"):
+        to_gguf(small("qwen2", "per_layer"), tmp_path / "m.gguf", tokenizer)
+    with pytest.raises(ValueError, match="no row for 'bert'; known: llama"):
+        to_gguf(tiny_model("bert"), tmp_path / "m.gguf", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_way_to_split_text_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="this tokenizer's is not known here"):
+        to_gguf(small("qwen2", "uniform"), tmp_path / "m.gguf", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_not_overwritten(tmp_path, tokenizer):
+    (tmp_path / "m.gguf").write_text("here")
+    with pytest.raises(FileExistsError, match="exists"):
+        to_gguf(tiny_model("llama", "LlamaForCausalLM"), tmp_path / "m.gguf", tokenizer)
