@@ -21,7 +21,7 @@ CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
 FLAGS = {
     "bench": "--batch --compile --debug --help --length --new-tokens --out --runs",
     "card": "--base-model --datasets --debug --help --license --name",
-    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to",
+    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to --type",
     "push": "--debug --help --private --revision",
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
