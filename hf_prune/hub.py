@@ -64,8 +64,7 @@ def _check_unchanged(directory: Path) -> None:
 
 def _asked(repo: str, request: Any) -> Any:
     """What a request returns; tried again where the network fails, with a plain error in the end."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     for left in reversed(range(TRIES)):
         try:
@@ -83,7 +82,9 @@ def _asked(repo: str, request: Any) -> Any:
                 ) from error
             if status < 500 or not left:
                 raise ConnectionError(f"The Hub answered {status} for {repo}: {error}") from error
-        except (httpx.TransportError, ConnectionError) as error:
+        except (HTTPError, ConnectionError, RuntimeError) as error:  # of the transport, or of an upload that met one
+            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError | ConnectionError):
+                raise
             if not left:
                 raise ConnectionError(
                     f"The connection failed {TRIES} times while pushing to {repo} ({error}). No commit was made, the "
