@@ -58,9 +58,7 @@ def test_interleave_pairs_the_halves_of_each_head():
 def test_transformers_reads_it_back(tmp_path, family, tokenizer):
     model = small(family, "uniform")
     to_gguf(model, tmp_path / "m.gguf", tokenizer, dtype="f32", pre_tokenizer="gpt-2")
-    known = (
-        {} if family in ("llama", "mistral", "qwen2") else {"config": model.config}
-    )  # all it cannot read
+    known = {} if family in ("llama", "mistral", "qwen2") else {"config": model.config}  # all it cannot read
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **known).eval()
     ids = torch.arange(8, 24).reshape(2, 8)
     with torch.no_grad():

@@ -138,7 +138,7 @@ def write_card(
         int8=_int8(found),
         kept=_kept(found),
         made=_made(found),
-        recipe=yaml.safe_dump(_recipe(found), sort_keys=False).strip(),
+        recipe=yaml.safe_dump(_recipe(found, base_model), sort_keys=False).strip(),
         limits=_limits(found),
         sources=_sources(found),
         **pictures,
@@ -254,16 +254,17 @@ def _kept(found: Evidence) -> str:
 
 
 def _made(found: Evidence) -> str:
-    text = f"By hf_prune {found.summary.get('version', version('hf-prune'))}, in {len(found.cuts) or 1} cut(s)"
+    cuts = "one cut" if len(found.cuts) < 2 else f"{len(found.cuts)} cuts"
+    text = f"By hf_prune {found.summary.get('version', version('hf-prune'))}, in {cuts}"
     if found.cuts:
         seen = found.cuts[-1]["calibration"]
         text += f", each calibrated on {seen['rows']:,} examples ({seen['tokens']:,} tokens)"
     return f"{text}. The exact settings of the last cut; the plan with every kept unit is in `{PLAN_FILE}`:"
 
 
-def _recipe(found: Evidence) -> dict[str, Any]:
+def _recipe(found: Evidence, base_model: str) -> dict[str, Any]:
     config = found.cuts[-1]["config"] if found.cuts else dict(found.plan.config)
-    return {"base_model": found.base_model, "pruning": dict(config), "plan": found.plan.hash}
+    return {"base_model": base_model, "pruning": dict(config), "plan": found.plan.hash}
 
 
 def _limits(found: Evidence) -> str:

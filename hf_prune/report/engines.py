@@ -16,7 +16,8 @@ from .table import Row
 
 NOT_RUN = "not run in our tests"
 PLAIN = "plain transformers"
-CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+CAUSAL = (*LLAMA_CPP, "phi3")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Engine:
 ENGINES: Sequence[Engine] = (
     Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
-    Engine("llama.cpp", ("llama", "mistral", "qwen2", "qwen3"), "", "`hf-prune export --to gguf`"),
+    Engine("llama.cpp", LLAMA_CPP, "", "`hf-prune export --to gguf`"),
     Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta")),
     Engine("SGLang", (*CAUSAL, "gpt2", "bert")),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
@@ -42,10 +43,10 @@ ENGINES: Sequence[Engine] = (
 
 def verdict(engine: Engine, model_type: str, is_stock: bool) -> str:
     """Whether an engine opens a checkpoint of this family and form."""
-    if is_stock and (not engine.stock or model_type in engine.stock):
-        said = " ".join(filter(None, ("yes,", engine.how))) if engine.how else "yes"
-    elif is_stock:
+    if engine.stock and model_type not in engine.stock:
         return f"no: it has no {model_type}"
+    if is_stock:
+        said = f"yes, by {engine.how}" if engine.how else "yes"
     elif engine.others:
         said = engine.others
     else:

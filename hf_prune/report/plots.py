@@ -57,9 +57,10 @@ def _heads(axis: Axes, sites: Sequence[SitePlan]) -> None:
     from matplotlib.colors import ListedColormap
 
     grid = [[float(unit in set(site.kept)) for unit in range(site.of)] for site in sites]
-    axis.pcolormesh(grid, cmap=ListedColormap([CUT, KEPT]), vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    for collection in axis.collections:
-        collection.set_offset_transform(axis.transData)
+    rows, columns = ([i - 0.5 for i in range(count + 1)] for count in (len(sites), sites[0].of))
+    colours = ListedColormap([CUT, KEPT])
+    axis.pcolormesh(columns, rows, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
+    axis.set_xticks(range(0, sites[0].of, max(1, sites[0].of // 12)))
     axis.set_xlabel(f"{sites[0].unit.replace('_', ' ').replace('kv', 'KV')} (dark: kept)")
 
 
@@ -100,7 +101,15 @@ def latency_bars(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             at = model["latency"][index]
             above = at["p90_ms"] - at["median_ms"]
             axis.bar(place, at["median_ms"], yerr=[[0], [above]], color=COLOURS[place % len(COLOURS)], label=name)
-            axis.text(place, at["median_ms"], f"{at['speedup']:.2f}×", ha="center", va="bottom", fontsize=8)
+            axis.text(
+                place,
+                at["median_ms"] / 2,
+                f"{at['speedup']:.2f}×",
+                color="white" if place else "black",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
         axis.set(title=f"{entry['what']}\n{entry['batch']} × {entry['length']}", ylabel="ms" if not index else "")
         axis.title.set_fontsize(9)
         axis.set_xticks([])

@@ -38,8 +38,6 @@ def _measured(directory: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    import hf_prune  # noqa: F401
-
     from ..data import load_model, model_class
     from ..latency import random_inputs
 
