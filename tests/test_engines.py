@@ -12,9 +12,9 @@ from hf_prune.families import FAMILIES
 from hf_prune.report.engines import ENGINES, NOT_RUN, checkpoint_rows, engine_rows, verdict
 
 
-def saved(tmp_path, family, class_name, shapes):
+def saved(tmp_path, family, class_name, shapes, keep=0.8):
     model = tiny_model(family, class_name)
-    given = {"keep": 0.8, "shapes": shapes, "align": 4, "calibration_samples": 64, "sequence_length": 12}
+    given = {"keep": keep, "shapes": shapes, "align": 4, "calibration_samples": 64, "sequence_length": 12}
     prune(model, [tiny_batch(model, 64)], PruningConfig(**given))
     save_pretrained(model, tmp_path / "m")
     return {row["engine"]: row["opens it"] for row in checkpoint_rows(tmp_path / "m")}
@@ -30,7 +30,7 @@ def test_a_stock_llama_opens_in_every_engine_of_language_models(tmp_path):
 
 
 def test_a_bert_with_fewer_heads_goes_through_onnx(tmp_path):
-    found = saved(tmp_path, "bert", "BertForSequenceClassification", "uniform")
+    found = saved(tmp_path, "bert", "BertForSequenceClassification", "uniform", keep=0.5)
     assert "import hf_prune" in found["transformers"]
     assert "export --to onnx" in found["ONNX Runtime"]
     assert found["TEI"].startswith("no: its own code builds every layer alike; export to ONNX")
