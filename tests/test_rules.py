@@ -23,7 +23,7 @@ PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
     "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
     "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
-    "data", "report", "export", "callbacks", "distill", "rounds", "trainer",
+    "data", "report", "export", "callbacks", "distill", "teaching", "rounds", "saving", "trainer",
 )  # fmt: skip
 PACKAGES = ("report", "export")  # of several files, which may import each other
 

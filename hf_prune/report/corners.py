@@ -50,7 +50,7 @@ def corners(
     """
     with tempfile.TemporaryDirectory() as scratch:
         made = ENGINES[engine](dense, pruned, Path(scratch))
-        models = {
+        models: dict[str, Any] = {
             name: {"bytes": directory_bytes(path), "metrics": dict(evaluate(call)) if evaluate else {}, "latency": []}
             for name, (call, path) in made.items()
         }
@@ -92,7 +92,7 @@ def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) ->
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    made = {}
+    made: dict[str, tuple[Callable_, Path]] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         to_onnx(model, home / name, int8=int8)
         exported = ExportedModel.from_pretrained(home / name).to("cpu", session_options=options)
@@ -108,10 +108,10 @@ def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> dic
     for name, (model, int8) in _four(dense, pruned).items():
         model.save_pretrained(home / name)
         config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()) if int8 else None
-        opened: Any = type(model).from_pretrained(home / name, quantization_config=config).to(model.device).eval()
+        opened: Any = type(model).from_pretrained(home / name, quantization_config=config)
         if int8:
             opened.save_pretrained(home / f"{name} saved", safe_serialization=False)
-        made[name] = (_inferring(opened), home / (f"{name} saved" if int8 else name))
+        made[name] = (_inferring(opened.to(model.device).eval()), home / (f"{name} saved" if int8 else name))
     return made
 
 
