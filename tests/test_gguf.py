@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny_text
 import torch
@@ -14,6 +16,7 @@ from hf_prune.export.gguf import ARCHITECTURES, interleave, to_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs hf-prune[gguf]")
 
+ROOT = Path(__file__).parents[1]
 CONFIG = {"keep": 0.6, "align": 4, "calibration_samples": 64, "sequence_length": 12}
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -93,3 +96,20 @@ def test_a_file_is_not_overwritten(tmp_path, tokenizer):
     (tmp_path / "m.gguf").write_text("here")
     with pytest.raises(FileExistsError, match="exists"):
         to_gguf(tiny_model("llama", "LlamaForCausalLM"), tmp_path / "m.gguf", tokenizer)
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_same_tokens_and_gives_them_faster(tmp_path, monkeypatch):
+    """SmolLM2 and its cut to 80% in stock shapes, both made by examples/smollm2.py."""
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-llama-cpp")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from serve_llama_cpp import main
+
+    dense, pruned = ROOT / ".cache" / "smollm2", ROOT / ".cache" / "smollm2-kv"
+    if not pruned.is_dir():
+        pytest.skip("no pruned SmolLM2: make test-llama-cpp")
+    found = main([str(dense), str(pruned), "--out", str(tmp_path)])
+    for name in ("smollm2", "smollm2-kv"):
+        assert found[name]["same_tokens"] == found[name]["of"]
+    assert found["smollm2-kv"]["prompt_speedup"] > 1
+    assert found["smollm2-kv"]["token_speedup"] > 1

@@ -118,7 +118,7 @@ def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> dic
 def _inferring(model: PreTrainedModel) -> Callable_:
     def call(**inputs: torch.Tensor) -> Any:
         with quiet(model), torch.inference_mode():
-            return model(**inputs)
+            return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
 
     return call
 

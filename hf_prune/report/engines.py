@@ -34,7 +34,7 @@ class Engine:
 ENGINES: Sequence[Engine] = (
     Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
-    Engine("llama.cpp", LLAMA_CPP, "", "`hf-prune export --to gguf`"),
+    Engine("llama.cpp", LLAMA_CPP, "", "`hf-prune export --to gguf`", True),
     Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta")),
     Engine("SGLang", (*CAUSAL, "gpt2", "bert")),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
