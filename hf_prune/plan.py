@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 FORMAT = 1
 UNITS = ("head", "kv_group", "neuron")
 SiteKey = tuple[str, int, str]  # (stack, layer, kind)
@@ -158,10 +160,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(self.to_json() + "\n")
-        temporary.replace(target)
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

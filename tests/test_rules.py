@@ -21,7 +21,7 @@ from hf_prune.schedules import SCHEDULES
 
 PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
-    "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
+    "files", "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
     "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
     "data", "report", "export", "callbacks", "distill", "teaching", "rounds", "saving", "trainer",
 )  # fmt: skip
@@ -60,7 +60,8 @@ def test_every_module_has_its_place():
 
 
 @pytest.mark.parametrize(
-    ("module", "more"), [("families", set()), ("plan", set()), ("schedules", set()), ("config", {"yaml"})]
+    ("module", "more"),
+    [("files", set()), ("families", set()), ("plan", set()), ("schedules", set()), ("config", {"yaml"})],
 )
 def test_the_first_modules_need_no_torch(module, more):
     for name, level in imports(PACKAGE / f"{module}.py"):

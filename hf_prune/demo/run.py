@@ -21,6 +21,7 @@ from .. import oneshot
 from ..allocate import SHAPES
 from ..checkpoint import save_pretrained
 from ..config import PruningConfig
+from ..files import write_text
 from ..report import corners
 from ..report.card import write_card, write_evaluation
 from ..report.engines import PLAIN, opened_by, opening_lines
@@ -84,8 +85,8 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
     corner = _corners(models, data["validation"], tokenizer, settings)
     _cards(out, found, measured, corner)
     rows = _rows(table["models"])
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(rows) + "\n")
+    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / "table.md", markdown(rows) + "\n")
     _show(screen, rows, table, corner, out)
     return table
 

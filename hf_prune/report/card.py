@@ -16,6 +16,7 @@ import yaml
 
 from ..checkpoint import auto_classes
 from ..data import TASKS
+from ..files import write_text
 from ..layout import KEY
 from ..oneshot import PLAN_FILE, REPORT_FILE
 from ..plan import PruningPlan
@@ -93,7 +94,7 @@ def write_evaluation(
 ) -> None:
     """evaluation.json. results: {"dense": {metric: value}, "pruned": {...}}; the dense ones may be missing."""
     found = {"dataset": dataset, "split": split, "rows": rows, "command": command, "results": results}
-    (directory / EVALUATION).write_text(json.dumps(found, indent=1) + "\n")
+    write_text(directory / EVALUATION, json.dumps(found, indent=1) + "\n")
 
 
 def write_card(
@@ -144,9 +145,7 @@ def write_card(
         **pictures,
     )
     path = directory / "README.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(card))
-    temporary.replace(path)
+    write_text(path, str(card))
     return path
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..anatomy import quiet
 from ..export.onnx import to_onnx
+from ..files import write_text
 from ..latency import device_name, random_inputs
 from .measure import Clock, directory_bytes, entry, interleaved
 from .table import Row
@@ -154,4 +155,4 @@ def corner_line(found: Mapping[str, Any]) -> str:
 
 def write_corners(found: Sequence[Mapping[str, Any]], directory: str | os.PathLike[str]) -> None:
     """Tables of one or several engines, beside the weights, for the card."""
-    (Path(directory) / CORNERS_FILE).write_text(json.dumps(list(found), indent=1) + "\n")
+    write_text(Path(directory) / CORNERS_FILE, json.dumps(list(found), indent=1) + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from .table import Row, count, markdown
 
 MEASUREMENTS = "measurements.json"
@@ -57,7 +58,7 @@ def write(found: Measured, directory: Path) -> None:
     from .plots import latency_bars
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / MEASUREMENTS).write_text(json.dumps(found, indent=1) + "\n")
+    write_text(directory / MEASUREMENTS, json.dumps(found, indent=1) + "\n")
     text = f"{markdown(measured_rows(found))}\n\n{setting_line(found)}\n"
-    (directory / MEASUREMENTS).with_suffix(".md").write_text(text)
+    write_text((directory / MEASUREMENTS).with_suffix(".md"), text)
     latency_bars(found, (directory / MEASUREMENTS).with_suffix(".png"))
