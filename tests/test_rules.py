@@ -21,9 +21,9 @@ from hf_prune.schedules import SCHEDULES
 
 PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
-    "files", "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate", "layerwise",
-    "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot", "checkpoint",
-    "data", "report", "export", "callbacks", "distill", "teaching", "rounds", "saving", "trainer",
+    "files", "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate",
+    "layerwise", "batches", "losses", "calibrate", "surgery", "latency", "layout", "repair", "sequential", "oneshot",
+    "checkpoint", "data", "report", "export", "callbacks", "distill", "teaching", "rounds", "saving", "trainer",
 )  # fmt: skip
 PACKAGES = ("report", "export")  # of several files, which may import each other
 
