@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from .anatomy import describe
 from .checkpoint import beside, prove, swap
 from .config import PruningConfig
-from .oneshot import PLAN_FILE, Analysis, PruneResult, apply, record_of
+from .oneshot import PLAN_FILE, Analysis, apply, record_of
 from .plan import PruningPlan
 from .report.card import write_card, write_evaluation
 from .rounds import STATE_FILE, Run, complete_checkpoints, is_complete
@@ -31,10 +31,10 @@ class SavingMixin(TeachingMixin):
 
     pruning: Any
     peft_config: Any
-    results: list[PruneResult]
     _run: Run | None
     _scratch: Path
     _metrics: dict[str, dict[str, float]]  # of the dense and of the pruned model
+    _evaluated_on: Any
 
     def _release_(self) -> None:
         """Leave the plain model, adapters merged, and nothing that was made for its earlier shapes."""
@@ -109,11 +109,12 @@ class SavingMixin(TeachingMixin):
                     if (temporary / PLAN_FILE).is_file():
                         self._write_card(temporary)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the stock `evaluate`. What it finds before the cut and after it is on the model's card."""
-        metrics = super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if self.pruning is not None and (kwargs.get("metric_key_prefix") or "eval") == "eval":
-            self._metrics["pruned" if self.results else "dense"] = {
+            self._evaluated_on = self.eval_dataset if eval_dataset is None else eval_dataset
+            self._metrics["dense" if record_of(self._plain()) is None else "pruned"] = {
                 name.removeprefix("eval_"): value
                 for name, value in metrics.items()
                 if isinstance(value, float) and not name.endswith(NOT_QUALITY)
@@ -129,15 +130,15 @@ class SavingMixin(TeachingMixin):
             self._write_card(directory)
 
     def _write_card(self, directory: Path) -> None:
-        rows: Any = self.eval_dataset
-        info = getattr(rows, "info", None)
         if self._metrics.get("pruned"):
+            rows = self._evaluated_on
+            info = getattr(rows, "info", None)
             write_evaluation(
                 directory,
                 self._metrics,
                 dataset=getattr(info, "dataset_name", None) or "the evaluation data of the run",
                 split=str(getattr(rows, "split", None) or "evaluation"),
-                rows=len(rows),
+                rows=len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None,
                 command="PruningTrainer.evaluate()",
             )
         write_card(directory)

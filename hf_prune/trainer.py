@@ -79,7 +79,8 @@ class PruningMixin(SavingMixin):
         self.merge_adapters = merge_adapters
         self.calibration_dataset = calibration_dataset
         self.results: list[PruneResult] = []  # of each cut in this process
-        self._metrics: dict[str, dict[str, float]] = {}  # of the dense and of the pruned model
+        self._metrics: dict[str, dict[str, float]] = {}
+        self._evaluated_on: Any = None
         self.round: Round | None = None
         self._run: Run | None = None
         self._boundary: Path | None = None

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import training
 from huggingface_hub import ModelCard
 from tiny import tiny_batch, tiny_model
 
@@ -123,3 +124,23 @@ def test_int8_is_shown_where_it_was_measured(small):
 def test_a_directory_that_is_not_pruned(tmp_path):
     with pytest.raises(ValueError, match="holds no pruned checkpoint"):
         write_card(Path(tmp_path))
+
+
+def test_a_trainer_writes_the_card_with_what_it_evaluated(tmp_path):
+    run = training.trainer(tmp_path / "out")
+    data = training.rows(run.model)
+    before = run.evaluate(data)["eval_loss"]
+    run.train()
+    after = run.evaluate(data)["eval_loss"]
+    run.save_model(str(tmp_path / "small"))
+    found = json.loads((tmp_path / "small" / EVALUATION).read_text())
+    assert found["results"] == {"dense": {"loss": before}, "pruned": {"loss": after}}
+    assert found["rows"] == len(data)
+    assert f"loss {after:.4g} (dense {before:.4g})" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_a_trainer_that_evaluated_nothing_says_so(tmp_path):
+    run = training.trainer(tmp_path / "out")
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    assert "Neither evaluated nor measured yet" in (tmp_path / "small" / "README.md").read_text()

@@ -90,7 +90,7 @@ class Evidence:
 
 
 def write_evaluation(
-    directory: Path, results: Mapping[str, Any], *, dataset: str, split: str, rows: int, command: str
+    directory: Path, results: Mapping[str, Any], *, dataset: str, split: str, rows: int | None, command: str
 ) -> None:
     """evaluation.json. results: {"dense": {metric: value}, "pruned": {...}}; the dense ones may be missing."""
     found = {"dataset": dataset, "split": split, "rows": rows, "command": command, "results": results}
@@ -225,7 +225,7 @@ def _headline(found: Evidence, base_model: str) -> str:
 def summary_rows(found: Evidence) -> list[Row]:
     before, after = found.summary["before"], found.summary["after"]
     rows: list[Row] = [
-        {"": f"{metric} ({found.evaluation['rows']:,} rows of {found.evaluation['dataset']})"}
+        {"": f"{metric} ({_data(found.evaluation)})"}
         | {DENSE: "–" if dense is None else f"{dense:.4f}", PRUNED: f"{pruned:.4f}"}
         for metric, (dense, pruned) in found.metrics().items()
     ]
@@ -234,6 +234,11 @@ def summary_rows(found: Evidence) -> list[Row]:
         rows.append({"": title, DENSE: count(before[key]), PRUNED: left})
     timed = measured_rows(found.measured) if found.measured else []
     return rows + [row for row in timed if row[""].startswith(("size", "memory", "forward", "decode"))]
+
+
+def _data(evaluation: Mapping[str, Any]) -> str:
+    rows = evaluation["rows"]
+    return f"{rows:,} rows of {evaluation['dataset']}" if rows else str(evaluation["dataset"])
 
 
 def _speed(found: Evidence, name: str) -> str:
