@@ -462,7 +462,8 @@ class PruningMixin(Mixed):
             total = self.distillation.task_weight * task
         if output is None:
             output = model(**forward_inputs(student, batch))
-        taught, rows = self._distiller.loss(student, output, batch, self._seen, logits)
+        with self.accelerator.autocast():  # which wraps the student alone
+            taught, rows = self._distiller.loss(student, output, batch, self._seen, logits)
         total = total + self._part(rows, num_items_in_batch) * taught
         return (total, output) if return_outputs else total
 

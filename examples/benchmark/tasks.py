@@ -223,7 +223,7 @@ LLM = Settings(
     keeps=(0.9, 0.8, 0.7, 0.5), seeds=(0,), length=256, calibration=64, windows=8, items=25, cost_keep=0.8
 )  # fmt: skip
 RECOVERY = replace(ENCODER, keeps=(0.5, 0.3, 0.2, 0.1), latency=())
-LLM_RECOVERY = replace(LLM, keeps=(0.7,), training_tokens=245760)
+LLM_RECOVERY = replace(LLM, keeps=(0.7,), training_tokens=204800)
 
 TASKS: dict[str, tuple[Callable[[str, Settings, Path, int], Task], Settings]] = {
     "encoder": (classifier, ENCODER),
