@@ -15,7 +15,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -80,7 +80,9 @@ def descriptions() -> Iterator[str]:
         yield str(package.metadata.get_payload() or "")
 
 
-CALIBRATION_SOURCES: tuple[Callable[[], Iterator[str]], ...] = (film_reviews, news, docstrings, descriptions)
+Source = Callable[[], Iterator[str]]
+PROSE: tuple[Source, ...] = (film_reviews, news)
+CALIBRATION_SOURCES: tuple[Source, ...] = (*PROSE, docstrings, descriptions)
 
 
 def token_windows(texts: Iterator[str], tokenizer, length: int, limit: int, seed: int = 0) -> list[list[int]]:
@@ -96,10 +98,12 @@ def token_windows(texts: Iterator[str], tokenizer, length: int, limit: int, seed
     return windows[:limit]
 
 
-def calibration(tokenizer, tokens: int, length: int = 256, seed: int = 0) -> Dataset:
-    """Windows of four kinds of text in turn, neither Brown nor Austen among them."""
-    each = tokens // length // len(CALIBRATION_SOURCES)
-    columns = [token_windows(source(), tokenizer, length, each, seed) for source in CALIBRATION_SOURCES]
+def calibration(
+    tokenizer, tokens: int, length: int = 256, seed: int = 0, sources: Sequence[Source] = CALIBRATION_SOURCES
+) -> Dataset:
+    """Windows of several kinds of text in turn, neither Brown nor Austen among them."""
+    each = tokens // length // len(sources)
+    columns = [token_windows(source(), tokenizer, length, each, seed) for source in sources]
     rows = [window for group in zip(*columns, strict=True) for window in group]
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * len(rows)})
 

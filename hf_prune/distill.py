@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-CHUNK = 2**24  # logits of which the divergence is formed at a time
+CHUNK_CPU, CHUNK_GPU = 2**20, 2**26  # logits of which the divergence is formed at a time: what a CPU's cache holds
 LOGITS = "teacher_logits"  # the column that `with_teacher_logits` adds
 HIDDEN = "hidden"
 ATTENTION = ("attention", "cross_attention")
@@ -35,7 +35,9 @@ ATTENTION = ("attention", "cross_attention")
 # --- maths -----------------------------------------------------------------------------------------------------------
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, chunk: int = CHUNK) -> torch.Tensor:
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, chunk: int | None = None
+) -> torch.Tensor:
     """KL(teacher, student) at a temperature, times its square, mean over rows. student, teacher: [n, V] -> scalar.
 
     Formed in fp32, `chunk` logits at a time and its gradient with it, so that nothing as wide as the vocabulary is kept
@@ -46,6 +48,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float,
         return student.sum() * 0.0
     if student.shape[-1] == 1:
         return functional.mse_loss(student.float(), teacher.float())
+    chunk = chunk or (CHUNK_CPU if student.device.type == "cpu" else CHUNK_GPU)
     return _Divergence.apply(student, teacher, temperature, max(chunk // student.shape[-1], 1))
 
 

@@ -170,6 +170,13 @@ def test_stock_arguments(tmp_path, args):
     run.save_model(str(tmp_path / "small"))
 
 
+def test_the_teacher_computes_in_the_precision_of_the_student(tmp_path):
+    teacher, seen = tiny("BertForSequenceClassification"), set()
+    teacher.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    trainer(tmp_path, args={"bf16": True}, distillation=DistillationConfig(), teacher=teacher).train()
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_out_of_memory_means_smaller_batches_and_one_cut(tmp_path, strategy):
     class Full(TrainerCallback):
