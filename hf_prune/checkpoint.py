@@ -115,7 +115,9 @@ def save_pretrained(
 def refuse_full(target: Path, overwrite: bool) -> None:
     """Raise FileExistsError for a directory that is not empty, unless it may be replaced."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise FileExistsError(f"{target} exists and is not empty. Choose another directory, or pass overwrite=True.")
+        raise FileExistsError(
+            f"{target} exists and is not empty. Choose another, or overwrite it (overwrite=True, --overwrite)."
+        )
 
 
 @contextlib.contextmanager
@@ -239,6 +241,14 @@ def fingerprints(directory: Path) -> dict[str, str]:
                 digest.update(block)
         found[path.name] = digest.hexdigest()
     return found
+
+
+def weights_id(directory: str | os.PathLike[str]) -> str:
+    """Names the weights that a save proved, by the sha256 of their files; "" where nothing was proven."""
+    proof = Path(directory) / PROOF_FILE
+    files = json.loads(proof.read_text())["files"] if proof.is_file() else {}
+    parts = [f"{name} {digest}" for name, digest in sorted(files.items()) if name.endswith(".safetensors")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
 
 
 # --- another stock family --------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import PROOF_FILE, fingerprints
+from .oneshot import PLAN_FILE
+from .report.card import write_card
 
 TRIES = 3  # of a commit, where the network fails; what was uploaded before is not sent again
+NOT_PUSHED = ("checkpoint-*/*", "runs/*", ".*")  # what a Trainer leaves in its output_dir: nobody proved that
 WAIT = 2.0  # seconds before the second try, doubled for each that follows
 
 
@@ -23,7 +26,9 @@ def push(
     token: str | None = None,
     message: str = "Upload a pruned model",
 ) -> str:
-    """Commit every file of a directory to a repository of the Hub, in one commit: all of it or nothing.
+    """Commit a directory to a repository of the Hub, in one commit: all of it or nothing.
+
+    A Trainer's checkpoints and logs in it stay here. A pruned model without a README.md gets its card.
 
     Args:
         repo: owner/name; created if it is not there.
@@ -40,6 +45,8 @@ def push(
     """
     directory = Path(directory)
     _check_unchanged(directory)
+    if (directory / PLAN_FILE).is_file() and not (directory / "README.md").is_file():
+        write_card(directory, name=repo)
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -47,6 +54,7 @@ def push(
     if revision:
         _asked(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     given: dict[str, Any] = {"repo_id": repo, "folder_path": directory, "revision": revision, "commit_message": message}
+    given["ignore_patterns"] = NOT_PUSHED
     return str(_asked(repo, lambda: api.upload_folder(**given)).commit_url)
 
 
@@ -78,13 +86,11 @@ def _asked(repo: str, request: Any) -> Any:
             if status in (401, 403):
                 raise PermissionError(
                     f"The Hub refused {repo} ({status}): log in with a token that may write there (`hf auth login`, "
-                    "HF_TOKEN), or choose a repository of your own. Nothing was changed."
+                    "HF_TOKEN), or choose a repository of your own. No file was uploaded."
                 ) from error
             if status < 500 or not left:
                 raise ConnectionError(f"The Hub answered {status} for {repo}: {error}") from error
-        except (HTTPError, ConnectionError, RuntimeError) as error:  # of the transport, or of an upload that met one
-            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError | ConnectionError):
-                raise
+        except (HTTPError, ConnectionError, RuntimeError) as error:  # of the transport; RuntimeError: of LFS and Xet
             if not left:
                 raise ConnectionError(
                     f"The connection failed {TRIES} times while pushing to {repo} ({error}). No commit was made, the "

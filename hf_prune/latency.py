@@ -148,14 +148,14 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, 
 def timed(module: nn.Module, *args: Any, **kwargs: Any) -> float:
     """Seconds of one forward pass."""
     device = next(module.parameters()).device
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     module(*args, **kwargs)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

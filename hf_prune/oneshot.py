@@ -23,6 +23,7 @@ from .anatomy import Anatomy, describe, quiet
 from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import ALONE, Ranks, statistics
 from .config import PruningConfig
+from .files import write_text
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
 from .layout import KEY, write_
@@ -62,7 +63,7 @@ class Record:
     def save(self, directory: Path) -> None:
         """The plan and the reports, beside the weights."""
         self.plan.save(directory / PLAN_FILE)
-        (directory / REPORT_FILE).write_text(json.dumps({"format": 1, "cuts": self.cuts}, indent=1) + "\n")
+        write_text(directory / REPORT_FILE, json.dumps({"format": 1, "cuts": self.cuts}, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Record | None:

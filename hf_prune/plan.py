@@ -119,7 +119,8 @@ class PruningPlan:
         """This plan followed by `then` (made for the model that this one leaves), as one plan for the dense model."""
         later = {site.key: site for site in then.sites}
         sites = tuple(_compose_site(site, later[site.key]) if site.key in later else site for site in self.sites)
-        return PruningPlan(self.model_type, sites, then.config, then.cost)
+        before = self.cost.get("before") or then.cost.get("before")
+        return PruningPlan(self.model_type, sites, then.config, {**then.cost, **({"before": before} if before else {})})
 
     def summary(self) -> str:
         """One line a stack and kind: kept counts per layer."""

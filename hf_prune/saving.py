@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 import warnings
 from dataclasses import replace
@@ -16,13 +17,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from .anatomy import describe
 from .checkpoint import beside, prove, swap
 from .config import PruningConfig
-from .oneshot import PLAN_FILE, Analysis, apply, record_of
+from .layout import KEY
+from .oneshot import PLAN_FILE, Analysis, Record, apply, record_of
 from .plan import PruningPlan
-from .report.card import write_card, write_evaluation
+from .report.card import DENSE, PRUNED, write_card, write_evaluation
 from .rounds import STATE_FILE, Run, complete_checkpoints, is_complete
 from .teaching import TeachingMixin
 
 BASE = "base_model"  # beside adapters: the pruned weights that they belong to
+FILE_FORMATS = ("csv", "json", "parquet", "arrow", "text", "pandas", "generator")  # which datasets takes for a name
+CARD_FIELDS = {  # ours -> transformers' name of what `push_to_hub` may say
+    "license": "license",
+    "language": "language",
+    "tags": "tags",
+    "base_model": "finetuned_from",
+    "datasets": "dataset_tags",
+}
 NOT_QUALITY = ("_runtime", "_per_second", "_time", "epoch")  # of what `evaluate` reports
 
 
@@ -33,8 +43,8 @@ class SavingMixin(TeachingMixin):
     peft_config: Any
     _run: Run | None
     _scratch: Path
-    _metrics: dict[str, dict[str, float]]  # of the dense and of the pruned model
-    _evaluated_on: Any
+    _evaluated: dict[int | str, tuple[Any, dict[str, float]]]  # at "dense" and at each step: the data, what was found
+    _best_step: int | None  # of the weights, where they are not the latest
 
     def _release_(self) -> None:
         """Leave the plain model, adapters merged, and nothing that was made for its earlier shapes."""
@@ -106,42 +116,57 @@ class SavingMixin(TeachingMixin):
                 self._write(temporary, state_dict)
                 if isinstance(self.model, PreTrainedModel):
                     prove(self.model, temporary)
-                    if (temporary / PLAN_FILE).is_file():
-                        self._write_card(temporary)
+            if isinstance(self.model, PreTrainedModel) and (directory / PLAN_FILE).is_file():
+                self._write_card(directory)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the stock `evaluate`. What it finds before the cut and after it is on the model's card."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.pruning is not None and (kwargs.get("metric_key_prefix") or "eval") == "eval":
-            self._evaluated_on = self.eval_dataset if eval_dataset is None else eval_dataset
-            self._metrics["dense" if record_of(self._plain()) is None else "pruned"] = {
-                name.removeprefix("eval_"): value
-                for name, value in metrics.items()
-                if isinstance(value, float) and not name.endswith(NOT_QUALITY)
-            }
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
+        """As the stock `evaluate`. What it finds before the cut and of the weights that are saved is on their card."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if self.pruning is not None:
+            now = DENSE if record_of(self._plain()) is None else self._step_of_weights
+            self._evaluated[now] = (
+                self.eval_dataset if eval_dataset is None else eval_dataset,
+                {
+                    name.removeprefix(f"{metric_key_prefix}_"): value
+                    for name, value in metrics.items()
+                    if isinstance(value, float) and not name.endswith(NOT_QUALITY)
+                },
+            )
         return metrics
+
+    @property
+    def _step_of_weights(self) -> int:
+        return self.state.global_step if self._best_step is None else self._best_step
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of a pruned model (see `hf_prune.report.card`) in output_dir; else the stock one."""
-        directory = Path(str(self.args.output_dir))
+        directory, stock = Path(str(self.args.output_dir)), super().create_model_card
         if self.pruning is None or not (directory / PLAN_FILE).is_file():
-            super().create_model_card(*args, **kwargs)
+            stock(*args, **kwargs)
         elif self.is_world_process_zero():
-            self._write_card(directory)
+            said = inspect.signature(stock).bind(*args, **kwargs).arguments
+            given = {ours: said.get(theirs) for ours, theirs in CARD_FIELDS.items()}
+            given = {key: [v] if key in ("tags", "datasets") and isinstance(v, str) else v for key, v in given.items()}
+            name = getattr(self, "hub_model_id", None) or said.get("model_name")
+            self._write_card(directory, name=name, **{key: v for key, v in given.items() if v})
 
-    def _write_card(self, directory: Path) -> None:
-        if self._metrics.get("pruned"):
-            rows = self._evaluated_on
-            info = getattr(rows, "info", None)
-            write_evaluation(
-                directory,
-                self._metrics,
-                dataset=getattr(info, "dataset_name", None) or "the evaluation data of the run",
-                split=str(getattr(rows, "split", None) or "evaluation"),
-                rows=len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None,
-                command="PruningTrainer.evaluate()",
-            )
-        write_card(directory)
+    def _write_card(self, directory: Path, **given: Any) -> None:
+        """A card that cannot be written is no reason to lose the run whose weights were just saved."""
+        try:
+            rows, pruned = self._evaluated.get(self._step_of_weights, (None, {}))
+            of_dense, dense = self._evaluated.get(DENSE, (None, {}))
+            if pruned:
+                write_evaluation(
+                    directory,
+                    {DENSE: dense if of_dense is rows else {}, PRUNED: pruned},
+                    **_said_of(rows),
+                    command="PruningTrainer.evaluate()",
+                )
+            write_card(directory, **given)
+        except Exception as error:
+            warnings.warn(f"{directory} is saved, but not its card ({error!r}); see `hf-prune card`.", stacklevel=2)
 
     def _write(self, directory: Path, state_dict: Any = None) -> None:
         super()._save(str(directory), state_dict)
@@ -167,7 +192,10 @@ class SavingMixin(TeachingMixin):
         if self._run.plan is not None:
             cut_by(self.model, self._run.plan, self.pruning)
         adapted = (directory / BASE).is_dir()
-        self._restore_(directory / BASE if adapted else directory)
+        home = directory / BASE if adapted else directory
+        self._restore_(home)
+        if self._run.plan is not None:
+            self.model._hf_prune = Record.load(home)
         if adapted:
             self._adapt_()
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -176,12 +204,26 @@ class SavingMixin(TeachingMixin):
     def _load_best_model(self) -> None:
         if self.pruning is None or not isinstance(self.model, PreTrainedModel):
             return super()._load_best_model()
-        return self._restore_(Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint))
+        self._best_step = int(best.name.rpartition("-")[2])
+        return self._restore_(best)
 
     def _restore_(self, directory: Path) -> None:
         """Weights of a checkpoint into the model, through from_pretrained, which knows what they are called on disk."""
         saved = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+        if saved.config.__dict__.get(KEY):
+            setattr(self.model.config, KEY, saved.config.__dict__[KEY])
+
+
+def _said_of(rows: Any) -> dict[str, Any]:
+    """What a card says of the data: dataset, split, rows."""
+    name = getattr(getattr(rows, "info", None), "dataset_name", None)
+    return {
+        "dataset": name if name and name not in FILE_FORMATS else "the evaluation data of the run",
+        "split": str(getattr(rows, "split", None) or "evaluation"),
+        "rows": len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None,
+    }
 
 
 def cut_by(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> None:

@@ -29,6 +29,7 @@ from .costs import report as cost_report
 from .distill import Distillation
 from .oneshot import PruneResult, analyze, apply
 from .plan import PruningPlan
+from .report.card import DENSE
 from .rounds import Round, RoundCallback, Run, trainer_state
 from .saving import SavingMixin, cut_by
 from .schedules import shares, targets
@@ -79,8 +80,8 @@ class PruningMixin(SavingMixin):
         self.merge_adapters = merge_adapters
         self.calibration_dataset = calibration_dataset
         self.results: list[PruneResult] = []  # of each cut in this process
-        self._metrics: dict[str, dict[str, float]] = {}
-        self._evaluated_on: Any = None
+        self._evaluated: dict[int | str, tuple[Any, dict[str, float]]] = {}
+        self._best_step: int | None = None
         self.round: Round | None = None
         self._run: Run | None = None
         self._boundary: Path | None = None
@@ -124,6 +125,8 @@ class PruningMixin(SavingMixin):
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
             self._run = self._boundary = self.round = None
             self.results = []
+            self._evaluated = {when: found for when, found in self._evaluated.items() if when == DENSE}
+            self._best_step = None
             if self.model_init is not None:
                 self._distiller = None
         with tempfile.TemporaryDirectory() as scratch:

@@ -87,7 +87,7 @@ def test_who_may_not_write_is_told(hub, environment, small, token, status):
     done = pushed({**environment, "HF_TOKEN": token}, small, "me/small")
     assert done.returncode == 2
     assert f"error: The Hub refused me/small ({status})" in done.stderr
-    assert "Nothing was changed" in done.stderr
+    assert "No file was uploaded" in done.stderr
     assert hub.repos == {}
 
 

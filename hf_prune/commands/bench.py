@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import PruningConfig
-
 
 def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -37,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     found = compare(
         dict(zip(names, options.models, strict=True)),
         shapes=shapes,
-        sequence_length=options.length[0] if options.length else PruningConfig.sequence_length,
+        sequence_length=options.length[0],
         runs=options.runs,
         new_tokens=options.new_tokens,
         compiled=options.compile,
@@ -50,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
             screen.print(f"{name} is {note}", markup=False)
     if options.out:
         write(found, options.out)
-        screen.print(f"Written: {options.out}/measurements.json, .md and .png", markup=False)
+        screen.print(f"Written: {options.out}/measurements.*", markup=False)
 
 
 def names_of(models: list[str]) -> list[str]:

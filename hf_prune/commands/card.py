@@ -7,7 +7,7 @@ import argparse
 
 def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("directory", metavar="DIR", help="A directory that hf_prune saved.")
-    command.add_argument("--name", help="Default: the directory's.")
+    command.add_argument("--name", help="What opens it: a Hub id or a path. Default: the directory's name.")
     command.add_argument("--base-model", help="Hub id of the dense model. Default: what was loaded.")
     command.add_argument("--license", help="Default: that of the base model's card, where it is in reach.")
     command.add_argument("--datasets", type=lambda text: text.split(","), help="Hub ids, comma-separated.")

@@ -19,24 +19,24 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
-    from ..report.table import console
-
     if options.int8 and options.to != "onnx":
         raise ValueError(
             "--int8 goes with --to onnx; llama.cpp's own llama-quantize makes smaller types of a GGUF file."
         )
+    from transformers import AutoProcessor
+
+    from ..report.table import console
+
     model = open_model(options)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-    console().print(FORMATS[options.to](model, tokenizer, options), markup=False)
+    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision)
+    console().print(FORMATS[options.to](model, processor, options), markup=False)
 
 
-def _onnx(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
+def _onnx(model: Any, processor: Any, options: argparse.Namespace) -> str:
     from ..export.onnx import to_onnx
     from ..report.measure import directory_bytes
 
-    given = {"int8": options.int8, "processing_class": tokenizer, "overwrite": options.overwrite}
+    given = {"int8": options.int8, "processing_class": processor, "overwrite": options.overwrite}
     difference = to_onnx(model, options.out, **given)
     return (
         f"{options.out}: {directory_bytes(options.out) / 1e6:.1f} MB, run by ONNX Runtime; its outputs differ from "
@@ -44,10 +44,10 @@ def _onnx(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
     )
 
 
-def _gguf(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
+def _gguf(model: Any, processor: Any, options: argparse.Namespace) -> str:
     from ..export.gguf import to_gguf
 
-    path = to_gguf(model, options.out, tokenizer, dtype=options.type, overwrite=options.overwrite)
+    path = to_gguf(model, options.out, processor, dtype=options.type, overwrite=options.overwrite)
     return f"{path}: {path.stat().st_size / 1e6:.1f} MB; not run by llama.cpp here."
 
 

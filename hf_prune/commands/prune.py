@@ -90,12 +90,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
     """Refuse an output directory that is not empty before any work is done for it."""
+    from ..checkpoint import refuse_full
+
     for keep in keeps:
         target = _directory(options.out, keep, keeps)
-        if options.overwrite or options.dry_run or target is None or not target.exists():
-            continue
-        if not target.is_dir() or any(target.iterdir()):
-            raise FileExistsError(f"{target} exists and is not empty. Choose another --out, or pass --overwrite.")
+        if target is not None:
+            refuse_full(target, options.overwrite or options.dry_run)
 
 
 def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningConfig) -> Job:

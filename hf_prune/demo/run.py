@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import subprocess
@@ -25,7 +24,7 @@ from ..files import write_text
 from ..report import corners
 from ..report.card import write_card, write_evaluation
 from ..report.engines import PLAIN, opened_by, opening_lines
-from ..report.measure import compare, directory_bytes
+from ..report.measure import compare
 from ..report.render import write
 from ..report.table import Row, console, count, markdown, rich_table
 from .finetune import finetuned
@@ -64,17 +63,18 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
     """Everything the demo does. Returns what it writes to `out`/table.json."""
     screen = console()
     started = time.perf_counter()
-    screen.print("1/4 fine-tuned model: MiniLM-L6 on Rotten Tomatoes (stock Trainer, cached)")
+    screen.print("1/5 fine-tuned model: MiniLM-L6 on Rotten Tomatoes (stock Trainer, cached)")
     model, tokenizer, data = _model_and_data(cache, settings)
-    screen.print(f"2/4 cut to {settings.keep:.0%} of the MACs in three shapes, no training after the cut")
+    screen.print(f"2/5 cut to {settings.keep:.0%} of the MACs in three shapes, no training after the cut")
     models, seconds = _cut(model, tokenizer, data, out, settings)
-    screen.print("3/4 reload each in a process of its own and evaluate there")
+    screen.print("3/5 reload each in a process of its own and evaluate there")
     found = _reload(out, cache, list(models), data["validation"])
-    screen.print("4/4 measure latency, all four in turn")
-    measured = compare(models, shapes=LATENCY_SHAPES, sequence_length=MAX_LENGTH, runs=settings.latency_runs)
+    screen.print("4/5 measure latency, all four in turn")
+    saved = {name: out / name for name in models}
+    measured = compare(saved, shapes=LATENCY_SHAPES, sequence_length=MAX_LENGTH, runs=settings.latency_runs)
     table = {
         "models": {
-            name: {**found[name], **measured[name], "bytes": directory_bytes(out / name), "cut_seconds": seconds[name]}
+            name: {**found[name], **measured[name], "cut_seconds": seconds[name]}
             | {"opened_by": opened_by(out / name), "lines": opening_lines(out / name)}
             for name in models
         },
@@ -82,12 +82,15 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
         | measured[NOT_PRUNED]["settings"]
         | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
     }
-    corner = _corners(models, data["validation"], tokenizer, settings)
-    _cards(out, found, measured, corner)
     rows = _rows(table["models"])
     write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
     write_text(out / "table.md", markdown(rows) + "\n")
-    _show(screen, rows, table, corner, out)
+    _show(screen, rows, table)
+    screen.print("5/5 INT8 too, with the engines that are installed")
+    corner = _corners(screen, models, data["validation"], tokenizer, settings)
+    _cards(out, found, measured, corner)
+    written = f"{out}/{{{','.join(models)}}}, {out}/table.json; cards: {out}/*/README.md"
+    screen.print(f"\nWritten: {written}\n{time.perf_counter() - started:.0f} s in all.", markup=False)
     return table
 
 
@@ -137,8 +140,10 @@ def _reload(out: Path, cache: Path, names: list[str], validation: Any) -> dict[s
     return found
 
 
-def _corners(models: Mapping[str, Any], validation: Any, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Pruning and INT8 together, with each engine that is installed."""
+def _corners(
+    screen: Any, models: Mapping[str, Any], validation: Any, tokenizer: Any, settings: Settings
+) -> list[dict[str, Any]]:
+    """Pruning and INT8 together, with each engine that is installed; shown as they are found."""
 
     def accuracy(call: Any) -> dict[str, float]:
         right = 0
@@ -149,9 +154,15 @@ def _corners(models: Mapping[str, Any], validation: Any, tokenizer: Any, setting
 
     given: Any = {"shapes": LATENCY_SHAPES, "runs": settings.latency_runs}
     found = []
-    for engine in corners.ENGINES:
-        with contextlib.suppress(ImportError):
-            found.append(corners.corners(models[NOT_PRUNED], models[CORNER], accuracy, engine=engine, **given))
+    for engine in corners.BUILDERS:
+        try:
+            result = corners.corners(models[NOT_PRUNED], models[CORNER], accuracy, engine=engine, **given)
+        except ImportError as error:
+            screen.print(f"{engine}: left out ({error})", markup=False)
+            continue
+        screen.print(rich_table(corners.corner_rows(result), title=f"Pruned ({CORNER}) and INT8, {engine}"))
+        screen.print(corners.corner_line(result), markup=False)
+        found.append(result)
     return found
 
 
@@ -195,19 +206,12 @@ def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return [*rows, {"": "what opens it"} | {name: m["opened_by"].replace(" + ", " +\n") for name, m in models.items()}]
 
 
-def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], corner: list[dict[str, Any]], out: Path) -> None:
+def _show(screen: Any, rows: list[Row], table: Mapping[str, Any]) -> None:
     at = table["settings"]
     screen.print(rich_table(rows, title="MiniLM-L6 on Rotten Tomatoes, no training after the cut"))
     screen.print(
         f"Latency: median of {at['latency_runs']} interleaved runs, unpadded, {at['dtype']}, "
         f"{at['device']}, {at['threads']} threads. Accuracy: measured in a separate process that opened the directory."
     )
-    for engine in corner:
-        screen.print(rich_table(corners.corner_rows(engine), title=f"Pruned ({CORNER}) and INT8, {engine['engine']}"))
-        screen.print(corners.corner_line(engine), markup=False)
     for name, model in table["models"].items():
         screen.print(f"\n# {name}: {model['opened_by']}\n" + "\n".join(model["lines"]), markup=False, soft_wrap=True)
-    screen.print(
-        f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json; cards: {out}/*/README.md", markup=False
-    )
-    screen.print(f"{at['seconds']:.0f} s in all.")

@@ -6,6 +6,7 @@ whose head counts and FFN widths are lists; the other architectures read the fir
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,11 +44,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture("GEMMA2", unit_offset=True),
     "gemma3_text": Architecture("GEMMA3", unit_offset=True),
 }
-PRE_TOKENIZERS: Sequence[tuple[str, str]] = (  # what a byte-level tokenizer.json holds -> llama.cpp's name
-    (r"\p{N}{1,3}", "llama-bpe"),
-    (r"\p{N}", "qwen2"),
-    ('"individual_digits":true', "smollm"),
-)
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DIGITS = "each digit by itself"
+PRE_TOKENIZERS: Mapping[str, str] = {  # how a byte-level tokenizer splits text -> llama.cpp's name for it
+    f"{LETTERS}\\p{{N}}{{1,3}}{REST}": "llama-bpe",
+    f"{LETTERS}\\p{{N}}{REST}": "qwen2",
+    DIGITS: "smollm",
+}
 
 
 def to_gguf(
@@ -194,32 +198,52 @@ def _tokenizer(writer: Any, tokenizer: Any, pre_tokenizer: str | None, size: int
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         home = Path(directory)
+        parts = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary: Any
         try:
             vocabulary = gguf.BpeVocab(home)
             writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre(pre_tokenizer or _splits((home / "tokenizer.json").read_text()))
+            writer.add_tokenizer_pre(pre_tokenizer or _splits(parts["pre_tokenizer"]))
         except FileNotFoundError:
             vocabulary = gguf.LlamaHfVocab(home)
             writer.add_tokenizer_model("llama")
             writer.add_tokenizer_pre("default")
+            writer.add_add_space_prefix(_starts_with_space(parts))
         tokens, scores, types = (list(part) for part in zip(*vocabulary.all_tokens(), strict=True))
+        if isinstance(vocabulary, gguf.LlamaHfVocab):
+            scores = _scores(tokens, parts["model"]["merges"])
         missing = range(len(tokens), size)
         writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in missing)])
-        writer.add_token_scores([*scores, *(-1000.0 for _ in missing)])
+        writer.add_token_scores([*scores, *(-1e6 for _ in missing)])
         writer.add_token_types([*types, *(gguf.TokenType.UNUSED for _ in missing)])
         gguf.SpecialVocab(home, load_merges=True, n_vocab=size).add_to_gguf(writer)
 
 
-def _splits(tokenizer_json: str) -> str:
+def _splits(held: Any) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts text before it merges."""
-    import json
+    parts = held.get("pretokenizers", [held])
+    digits = [part["type"] for part in parts] == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]
+    regex = next((part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None)
+    name = PRE_TOKENIZERS.get(DIGITS if digits else str(regex))
+    if name is None:
+        raise ValueError(
+            f"llama.cpp has a name for each way to split text, and this tokenizer's is not known here: "
+            f"{json.dumps(held)[:200]}. Give pre_tokenizer=."
+        )
+    return name
 
-    held = json.dumps(json.loads(tokenizer_json)["pre_tokenizer"], separators=(",", ":")).replace("\\\\", "\\")
-    for sign, name in PRE_TOKENIZERS:
-        if sign in held:
-            return name
-    raise ValueError(
-        f"llama.cpp has a name for each way to split text, and this tokenizer's is not known here: {held[:200]}. Give "
-        "pre_tokenizer=."
-    )
+
+def _scores(tokens: Sequence[bytes], merges: Sequence[Any]) -> list[float]:
+    """llama.cpp's SentencePiece joins the pair that scores highest: the earlier a merge, the higher."""
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+    ranks: dict[bytes, int] = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault("".join(pair).encode(), rank)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _starts_with_space(parts: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a space before the text."""
+    normalizer, pre = parts.get("normalizer") or {}, parts.get("pre_tokenizer") or {}
+    steps = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+    return "Prepend" in steps or (pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never")

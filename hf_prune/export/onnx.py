@@ -45,11 +45,15 @@ def to_onnx(
         The largest difference between ONNX Runtime's and torch's output, relative to the largest output.
 
     Raises:
-        FileExistsError: the directory is not empty. ImportError: an ONNX package is missing.
+        ValueError: an encoder-decoder. FileExistsError: the directory is not empty. ImportError: a package is missing.
         RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
     """
     target = Path(directory)
     refuse_full(target, overwrite)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"ONNX: an encoder-decoder ({model.config.model_type}) is not exported; encoders and decoders are."
+        )
     exporter, config = _exporter(int8)
     inputs = proof_inputs(model, batches)
     with quiet(model), torch.no_grad():
@@ -88,13 +92,31 @@ def _exporter(int8: bool) -> tuple[Any, Any]:
 
 
 def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float:
+    """Of the outputs, and where the model generates, of the token after the prompt too. inputs: of the torch model."""
     from transformers.exporters import ExportedModel
 
-    exported = ExportedModel.from_pretrained(directory)
-    call: Any = exported
-    if model.can_generate():
-        call = exported.runners["prefill"]
+    exported: Any = ExportedModel.from_pretrained(directory)
+    if not model.can_generate():
+        return _apart(model(**inputs).to_tuple()[0], exported(**inputs).to_tuple()[0])
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    ours, theirs = model(**prompt, use_cache=True), _step(exported.runners["prefill"], prompt, {})
+    worst = _apart(ours.logits, theirs.logits)
+    token = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], -1)}
+    cached = {"past_key_values": theirs.past_key_values}
+    after = model(**token, past_key_values=ours.past_key_values)
+    return max(worst, _apart(after.logits, _step(exported.runners["decode"], token, cached).logits))
+
+
+def _step(runner: Any, inputs: Mapping[str, torch.Tensor], cached: Mapping[str, Any]) -> Any:
+    """One graph of a language model, told the positions where it asks for them."""
+    if "position_ids" in runner.metadata.kwargs:
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        inputs = {**inputs, "position_ids": positions} if "position_ids" in call.metadata.kwargs else inputs
-    ours, theirs = (output.to_tuple()[0].float() for output in (model(**inputs), call(**inputs)))
-    return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1.0)).item()
+        inputs = {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
+    return runner(**inputs, **cached)
+
+
+def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    a, b = ours.float().cpu(), theirs.float().cpu()
+    return ((a - b).abs().max() / a.abs().max().clamp_min(1.0)).item()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,34 +14,39 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import auto_classes
-from ..data import TASKS
+from ..checkpoint import weights_id
 from ..files import write_text
 from ..layout import KEY
 from ..oneshot import PLAN_FILE, REPORT_FILE
 from ..plan import PruningPlan
 from . import plots
 from .corners import CORNERS_FILE, corner_line, corner_rows
-from .engines import checkpoint_rows, opened_by, opening_lines
+from .engines import checkpoint_rows, opened_by, opening_lines, task_of
 from .render import MEASUREMENTS, measured_rows, setting_line
 from .table import Row, count, markdown
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EVALUATION = "evaluation.json"
 PICTURES = "pictures"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DENSE, PRUNED = "dense", "pruned"
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "rouge1", "rougeL", "spearmanr", "pearson", "matthews_correlation")
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer")  # in a metric's name
+LOOK_UP = 5.0  # seconds for the base model's card on the Hub
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the files beside the weights say. A missing file leaves its part of the card out."""
+    """What the files beside the weights say. One that is missing, or of other weights, leaves its part out."""
 
     directory: Path
 
     def _json(self, name: str) -> Any:
         path = self.directory / name
         return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _of_these_weights(self, name: str) -> Any:
+        found = self._json(name)
+        return found if found.get("weights") == weights_id(self.directory) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -58,30 +63,43 @@ class Evidence:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """{"dataset", "split", "rows", "command", "results": {"dense": {metric: value}, "pruned": {...}}}"""
-        return self._json(EVALUATION)
+        return self._of_these_weights(EVALUATION)
 
     @cached_property
     def measured(self) -> dict[str, dict[str, Any]]:
-        """What `hf-prune bench DENSE DIRECTORY --out DIRECTORY` found; dense first."""
-        found = self._json(MEASUREMENTS)
-        return dict(zip((DENSE, PRUNED), found.values(), strict=False))
+        """What `hf-prune bench DENSE DIRECTORY --out DIRECTORY` found of the first model and of this one."""
+        first, *others = self._json(MEASUREMENTS).values() or ({},)
+        ours = [found for found in others if found["weights"] and found["weights"] == weights_id(self.directory)]
+        return {DENSE: first, PRUNED: ours[0]} if ours else {}
 
     @cached_property
     def corners(self) -> list[dict[str, Any]]:
         """What `corners.corners` found, by engine."""
-        return list(self._json(CORNERS_FILE) or ())
+        return list(self._of_these_weights(CORNERS_FILE).get("engines", ()))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        return self.config[KEY]
+        """What the config says of the pruning; nothing where all was kept."""
+        return self.config.get(KEY, {})
+
+    @property
+    def origin(self) -> str:
+        """The Hub id or the directory of what was pruned; "" where that is not known."""
+        return str(self.summary.get("base_model") or "")
 
     @property
     def base_model(self) -> str:
-        return str(self.summary.get("base_model") or "")
+        """The Hub id of what was pruned; "" where it was a directory."""
+        return self.origin if HUB_ID.fullmatch(self.origin) and not Path(self.origin).exists() else ""
+
+    def cost(self, key: str) -> tuple[float, float]:
+        """(dense, pruned); key as in `costs.report`: macs_model, params_blocks, ..."""
+        said = self.summary or self.plan.cost
+        return said["before"][key], said["after"][key]
 
     def share(self, key: str) -> float:
-        """Of the dense model; key as in `costs.report`: macs_model, params_blocks, ..."""
-        return self.summary["after"][key] / self.summary["before"][key]
+        before, after = self.cost(key)
+        return after / before
 
     def metrics(self) -> dict[str, tuple[float | None, float]]:
         """name -> (dense, pruned)"""
@@ -94,7 +112,7 @@ def write_evaluation(
 ) -> None:
     """evaluation.json. results: {"dense": {metric: value}, "pruned": {...}}; the dense ones may be missing."""
     found = {"dataset": dataset, "split": split, "rows": rows, "command": command, "results": results}
-    write_text(directory / EVALUATION, json.dumps(found, indent=1) + "\n")
+    write_text(directory / EVALUATION, json.dumps({"weights": weights_id(directory), **found}, indent=1) + "\n")
 
 
 def write_card(
@@ -102,16 +120,17 @@ def write_card(
     *,
     name: str | None = None,
     base_model: str | None = None,
-    license: str | None = None,
-    datasets: list[str] | None = None,
+    note: str | None = None,
+    **metadata: Any,
 ) -> Path:
     """README.md and its pictures, beside the weights. Every number in them is read from a JSON file there.
 
     Args:
-        name: default: the directory's.
-        base_model: Hub id; default: what the model was loaded from.
-        license: default: that of the base model's card.
-        datasets: Hub ids; default: what evaluation.json names.
+        name: what opens it, a Hub id or a path; default: the directory's name.
+        base_model: Hub id; default: what the model was loaded from, where that is one.
+        note: a sentence for the card's limits.
+        metadata: fields of huggingface_hub's ModelCardData (license, datasets, language, ...) in place of what is found
+            here and on the base model's card; `tags` are added.
 
     Raises:
         ValueError: no directory that hf_prune saved.
@@ -128,9 +147,9 @@ def write_card(
     base_model = base_model or found.base_model
     pictures = _draw(found)
     card = ModelCard.from_template(
-        _metadata(found, name, base_model, license or _licence_of(base_model), datasets),
+        _metadata(found, name, base_model, metadata),
         template_path=str(TEMPLATE),
-        name=name,
+        name=Path(name).name,
         headline=_headline(found, base_model),
         summary_table=markdown(summary_rows(found)),
         opening_lines="\n".join(opening_lines(directory, name)),
@@ -140,7 +159,7 @@ def write_card(
         kept=_kept(found),
         made=_made(found),
         recipe=yaml.safe_dump(_recipe(found, base_model), sort_keys=False).strip(),
-        limits=_limits(found),
+        limits=_limits(found, note),
         sources=_sources(found),
         **pictures,
     )
@@ -152,10 +171,10 @@ def write_card(
 # --- metadata --------------------------------------------------------------------------------------------------------
 
 
-def _metadata(found: Evidence, name: str, base_model: str, license: str | None, datasets: list[str] | None) -> Any:
+def _metadata(found: Evidence, name: str, base_model: str, given: Mapping[str, Any]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = _task(found.config)
+    task = task_of(found.config)
     data = found.evaluation
     results = [
         EvalResult(
@@ -171,37 +190,36 @@ def _metadata(found: Evidence, name: str, base_model: str, license: str | None, 
         for label, value in ((" (pruned)", pruned), (" (dense, before pruning)", dense))
         if value is not None
     ]
-    is_id = base_model.count("/") == 1 and not base_model.startswith((".", "/"))
-    return ModelCardData(
-        base_model=base_model if is_id else None,
-        base_model_relation="finetune" if is_id else None,
-        library_name="transformers",
-        license=license,
-        datasets=datasets or ([data["dataset"]] if str(data.get("dataset", "")).count("/") == 1 else None),
-        pipeline_tag=task,
-        tags=["pruned", "structured-pruning", "hf_prune"],
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
+    fields: dict[str, Any] = {
+        "base_model": base_model or None,
+        "base_model_relation": "finetune" if base_model else None,
+        "library_name": "transformers",
+        "datasets": [data["dataset"]] if HUB_ID.fullmatch(str(data.get("dataset", ""))) else None,
+        "pipeline_tag": task,
+        "model_name": Path(name).name if results else None,
+        "eval_results": results or None,
+        "tags": ["pruned", "structured-pruning", "hf_prune", *given.get("tags", ())],
+    }
+    given = {key: value for key, value in given.items() if value is not None and key != "tags"}
+    carried = {} if "license" in given else _licence_of(found.origin, base_model)
+    return ModelCardData(**{**fields, **carried, **given})
 
 
-def _task(config: Mapping[str, Any]) -> str | None:
-    """The Hub's name of what the model is for."""
-    import transformers
+def _licence_of(directory: str, base_model: str) -> dict[str, str]:
+    """From the base model's card, in the directory that was pruned or on the Hub; {} where there is none in reach."""
+    from huggingface_hub import HfApi, ModelCard
 
-    auto = auto_classes(getattr(transformers, config["architectures"][0]), config["model_type"])[0]
-    return next((task for task, name in TASKS.items() if name == auto), None)
-
-
-def _licence_of(base_model: str) -> str | None:
-    """From the base model's card: in its directory, or on the Hub; None where there is none in reach."""
-    from huggingface_hub import ModelCard
-
-    local = Path(base_model) / "README.md"
+    card = Path(directory) / "README.md"
     try:
-        return ModelCard.load(str(local) if local.is_file() else base_model).data.license
+        if directory and card.is_file():
+            data = ModelCard.load(str(card)).data
+        elif base_model:
+            data = HfApi().model_info(base_model, timeout=LOOK_UP).card_data
+        else:
+            return {}
+        return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
     except Exception:  # no such repository, no network, no metadata: then the card states no licence
-        return None
+        return {}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -209,29 +227,26 @@ def _licence_of(base_model: str) -> str | None:
 
 def _headline(found: Evidence, base_model: str) -> str:
     """What was lost and gained, in one sentence."""
-    text = f"**{Path(base_model).name or 'The model'} with {found.share('macs_model'):.0%} of its multiply-adds"
-    text += f" and {found.share('params_model'):.0%} of its parameters"
+    text = f"**{Path(base_model or found.origin).name or 'The model'} with {found.share('macs_model'):.0%} of its"
+    text += f" multiply-adds and {found.share('params_model'):.0%} of its parameters"
     parts = [
         f"{metric} {pruned:.4g}" + (f" (dense {dense:.4g})" if dense is not None else "")
         for metric, (dense, pruned) in found.metrics().items()
     ]
-    if found.measured:
-        best = max(found.measured[PRUNED]["latency"], key=lambda e: e["speedup"], default=None)
-        if best:
-            parts.append(f"{best['speedup']:.2f}× as fast at {best['batch']} × {best['length']} tokens")
+    for at in found.measured[PRUNED]["latency"][:1] if found.measured else ():
+        parts.append(f"{at['speedup']:.2f}× as fast at {at['batch']} × {at['length']} tokens")
     return f"{text}: {', '.join(parts)}.**" if parts else f"{text}.** Neither evaluated nor measured yet."
 
 
 def summary_rows(found: Evidence) -> list[Row]:
-    before, after = found.summary["before"], found.summary["after"]
     rows: list[Row] = [
         {"": f"{metric} ({_data(found.evaluation)})"}
         | {DENSE: "–" if dense is None else f"{dense:.4f}", PRUNED: f"{pruned:.4f}"}
         for metric, (dense, pruned) in found.metrics().items()
     ]
     for title, key in (("parameters", "params_model"), ("multiply-adds", "macs_model")):
-        left = f"{count(after[key])} ({after[key] / before[key]:.0%})"
-        rows.append({"": title, DENSE: count(before[key]), PRUNED: left})
+        before, after = found.cost(key)
+        rows.append({"": title, DENSE: count(before), PRUNED: f"{count(after)} ({after / before:.0%})"})
     timed = measured_rows(found.measured) if found.measured else []
     return rows + [row for row in timed if row[""].startswith(("size", "memory", "forward", "decode"))]
 
@@ -268,10 +283,10 @@ def _made(found: Evidence) -> str:
 
 def _recipe(found: Evidence, base_model: str) -> dict[str, Any]:
     config = found.cuts[-1]["config"] if found.cuts else dict(found.plan.config)
-    return {"base_model": base_model, "pruning": dict(config), "plan": found.plan.hash}
+    return {"base_model": base_model or Path(found.origin).name, "pruning": dict(config), "plan": found.plan.hash}
 
 
-def _limits(found: Evidence) -> str:
+def _limits(found: Evidence, note: str | None) -> str:
     lines = [
         "- Latency is of the machine named above; multiply-adds are arithmetic.",
         "- What the dense model gets wrong, this one does too. Quality was looked at on the data named above alone.",
@@ -279,11 +294,14 @@ def _limits(found: Evidence) -> str:
     worse = [m for m, (dense, pruned) in found.metrics().items() if dense is not None and _is_worse(m, dense, pruned)]
     if worse:
         lines.append(f"- Lower quality than the dense model in: {', '.join(worse)}.")
+    if note:
+        lines.append(f"- {note}")
     return "\n".join(lines)
 
 
 def _is_worse(metric: str, dense: float, pruned: float) -> bool:
-    return pruned < dense if metric in HIGHER_IS_BETTER else pruned > dense
+    lower = any(word in metric.lower() for word in LOWER_IS_BETTER)
+    return pruned > dense if lower else pruned < dense
 
 
 def _sources(found: Evidence) -> str:
@@ -294,7 +312,9 @@ def _sources(found: Evidence) -> str:
         REPORT_FILE: "scores, settings, repairs",
         CORNERS_FILE: "INT8",
     }
-    return "\n".join(f"- `{name}`: {what}" for name, what in parts.items() if (found.directory / name).is_file())
+    used = {EVALUATION: found.evaluation, MEASUREMENTS: found.measured, CORNERS_FILE: found.corners}
+    there = [name for name in parts if used.get(name, (found.directory / name).is_file())]
+    return "\n".join(f"- `{name}`: {parts[name]}" for name in there)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -302,8 +322,8 @@ def _sources(found: Evidence) -> str:
 
 def _draw(found: Evidence) -> dict[str, str | None]:
     """Draw every picture that the evidence allows; their paths relative to the card. None without matplotlib."""
-    drawn: dict[str, str | None] = dict.fromkeys(("kept_units", "scores", "before_after"))
-    if importlib.util.find_spec("matplotlib") is None:
+    drawn: dict[str, str | None] = dict.fromkeys(("kept_units", "scores", "before_after", "tradeoff"))
+    if not plots.can_draw():
         return drawn
     home = found.directory / PICTURES
     home.mkdir(exist_ok=True)
@@ -316,7 +336,29 @@ def _draw(found: Evidence) -> dict[str, str | None]:
     if found.cuts and found.cuts[-1]["scores"]:
         plots.scores(found.cuts[-1], path("scores"))
     plots.before_after(_bars(found), path("before_after"))
+    quality = _tradeoff(found)
+    if quality:
+        plots.tradeoff(**quality, path=path("tradeoff"))
     return drawn
+
+
+def _tradeoff(found: Evidence) -> dict[str, Any] | None:
+    """The first metric against the first latency: of the four corners where they were measured, else of the two."""
+    models, engine = {}, "torch"
+    if found.corners:
+        models, engine = found.corners[0]["models"], found.corners[0]["engine"]
+    elif found.evaluation:
+        results = found.evaluation["results"]
+        models = {name: {**row, "metrics": results.get(name, {})} for name, row in found.measured.items()}
+    everywhere = [m for m in found.metrics() if all(m in model["metrics"] for model in models.values())]
+    if not models or not everywhere or not all(model["latency"] for model in models.values()):
+        return None
+    at, metric = next(iter(models.values()))["latency"][0], everywhere[0]
+    return {
+        "points": {n: (m["latency"][0]["median_ms"], m["metrics"][metric]) for n, m in models.items()},
+        "metric": metric,
+        "where": f"{engine}, {at['what']} {at['batch']} × {at['length']}",
+    }
 
 
 def _bars(found: Evidence) -> list[tuple[str, float, str]]:
@@ -325,7 +367,7 @@ def _bars(found: Evidence) -> list[tuple[str, float, str]]:
         if dense:
             rows.append((metric, pruned / dense, f"{pruned:.4g} of {dense:.4g}"))
     for title, key in (("multiply-adds", "macs_model"), ("parameters", "params_model")):
-        rows.append((title, found.share(key), f"{count(found.summary['after'][key])}"))
+        rows.append((title, found.share(key), count(found.cost(key)[1])))
     for entry in found.measured.get(PRUNED, {}).get("latency", ()):
         what = f"{entry['what']} {entry['batch']} × {entry['length']}"
         rows.append((what, 1 / entry["speedup"], f"{entry['median_ms']:.1f} ms, {entry['speedup']:.2f}×"))

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy import quiet
+from ..checkpoint import weights_id
 from ..export.onnx import to_onnx
 from ..files import write_text
-from ..latency import device_name, random_inputs
+from ..latency import device_name, random_inputs, synchronize
 from .measure import Clock, directory_bytes, entry, interleaved
 from .table import Row
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 CORNERS_FILE = "corners.json"
 NAMES = ("dense", "dense INT8", "pruned", "pruned INT8")
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
-Callable_ = Callable[..., Any]  # (**inputs) -> an output with logits
-Evaluate = Callable[[Callable_], Mapping[str, float]]
+Forward = Callable[..., Any]  # (**inputs) -> an output with logits
+Evaluate = Callable[[Forward], Mapping[str, float]]
+Made = dict[str, tuple[Forward, Path]]
 
 
 def corners(
@@ -49,15 +51,15 @@ def corners(
         {"engine", "instructions", "device", "threads", "models": {name: {"bytes", "metrics", "latency"}}}; the
         speed-ups are over the dense model in fp32.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        made = ENGINES[engine](dense, pruned, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, quiet(dense), quiet(pruned):
+        made, device = BUILDERS[engine](dense, pruned, Path(scratch))
         models: dict[str, Any] = {
             name: {"bytes": directory_bytes(path), "metrics": dict(evaluate(call)) if evaluate else {}, "latency": []}
             for name, (call, path) in made.items()
         }
         for batch, length in shapes:
             inputs = random_inputs(dense, batch, length)
-            clocks: dict[str, Clock] = {name: partial(_run, call, inputs) for name, (call, _) in made.items()}
+            clocks: dict[str, Clock] = {name: partial(_run, call, inputs, device) for name, (call, _) in made.items()}
             times = interleaved(clocks, runs, 3, f"{engine}, {batch} x {length}")
             for name, found in times.items():
                 at = entry("forward", found["forward"], batch, length, times["dense"]["forward"])
@@ -65,15 +67,17 @@ def corners(
     return {
         "engine": engine,
         "instructions": instructions(),
-        "device": device_name(dense.device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "models": models,
     }
 
 
-def _run(call: Callable_, inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _run(call: Forward, inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    synchronize(device)
     started = time.perf_counter()
     call(**inputs)
+    synchronize(device)
     return {"forward": time.perf_counter() - started}
 
 
@@ -84,41 +88,44 @@ def instructions() -> str:
     return next((name for name in INSTRUCTIONS if name in flags), "none known")
 
 
-# --- engines ---------------------------------------------------------------------------------------------------------
+# --- engines: the four as callables, each with the directory that it was opened from -------------------------------
 
 
-def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> dict[str, tuple[Callable_, Path]]:
+def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[Made, torch.device]:
     import onnxruntime
     from transformers.exporters import ExportedModel
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    made: dict[str, tuple[Callable_, Path]] = {}
+    made: Made = {}
     for name, (model, int8) in _four(dense, pruned).items():
         to_onnx(model, home / name, int8=int8)
         exported = ExportedModel.from_pretrained(home / name).to("cpu", session_options=options)
         made[name] = (exported, home / name)
-    return made
+    return made, torch.device("cpu")
 
 
-def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> dict[str, tuple[Callable_, Path]]:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[Made, torch.device]:
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    except ImportError as error:
+        raise ImportError("torchao is missing: pip install 'hf-prune[torchao]'") from error
     from transformers import TorchAoConfig
 
-    made = {}
+    made: Made = {}
     for name, (model, int8) in _four(dense, pruned).items():
         model.save_pretrained(home / name)
         config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()) if int8 else None
         opened: Any = type(model).from_pretrained(home / name, quantization_config=config)
         if int8:
-            opened.save_pretrained(home / f"{name} saved", safe_serialization=False)
+            opened.save_pretrained(home / f"{name} saved")
         made[name] = (_inferring(opened.to(model.device).eval()), home / (f"{name} saved" if int8 else name))
-    return made
+    return made, dense.device
 
 
-def _inferring(model: PreTrainedModel) -> Callable_:
+def _inferring(model: PreTrainedModel) -> Forward:
     def call(**inputs: torch.Tensor) -> Any:
-        with quiet(model), torch.inference_mode():
+        with torch.inference_mode():
             return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
 
     return call
@@ -128,7 +135,7 @@ def _four(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, tuple[Pr
     return dict(zip(NAMES, ((dense, False), (dense, True), (pruned, False), (pruned, True)), strict=True))
 
 
-ENGINES = {"onnxruntime": _onnxruntime, "torchao": _torchao}
+BUILDERS = {"onnxruntime": _onnxruntime, "torchao": _torchao}
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
@@ -154,5 +161,6 @@ def corner_line(found: Mapping[str, Any]) -> str:
 
 
 def write_corners(found: Sequence[Mapping[str, Any]], directory: str | os.PathLike[str]) -> None:
-    """Tables of one or several engines, beside the weights, for the card."""
-    write_text(Path(directory) / CORNERS_FILE, json.dumps(list(found), indent=1) + "\n")
+    """What one or several engines found, beside the pruned weights, for the card."""
+    written = {"weights": weights_id(directory), "engines": list(found)}
+    write_text(Path(directory) / CORNERS_FILE, json.dumps(written, indent=1) + "\n")

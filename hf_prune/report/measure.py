@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from ..allocate import default_align
 from ..anatomy import Anatomy, describe, quiet
+from ..checkpoint import weights_id
 from ..costs import dense_counts
 from ..costs import report as cost_report
 from ..latency import device_name, random_inputs, timed
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Measurable = Any  # a model in memory, or the directory of one
+NOT_MODEL = ("checkpoint-", "runs", "pictures", "measurements", ".")  # files and directories
 Shape = tuple[int, int]  # (batch, length)
 Clock = Callable[[], dict[str, float]]  # one run: seconds by what was timed
 
@@ -42,8 +45,9 @@ def measure(model: Measurable, **options: Any) -> dict[str, Any]:
 
     Returns:
         A plain dict: parameters, block_parameters, macs, block_macs, sequence_length, kv_cache_bytes (a token; None
-        where nothing is generated), of a directory bytes, load_seconds and resident_bytes (else None), latency (see
-        `compare`), notes and settings (dtype, device, threads, attention, torch, transformers).
+        where nothing is generated), latency (see `compare`), notes, settings (dtype, device, threads, attention, torch,
+        transformers), and of a directory bytes, load_seconds, resident_bytes (else None) and weights (their name, see
+        `checkpoint.weights_id`).
 
     Raises:
         ValueError: unknown family, quantised weights.
@@ -110,9 +114,10 @@ def _size(model: PreTrainedModel, given: Measurable, sequence_length: int) -> di
 
     anatomy = describe(model)
     cost = cost_report(anatomy, dense_counts(anatomy), sequence_length)
-    on_disk: dict[str, Any] = {"bytes": None, "load_seconds": None, "resident_bytes": None}
+    on_disk: dict[str, Any] = {"weights": "", "bytes": None, "load_seconds": None, "resident_bytes": None}
     if isinstance(given, str | os.PathLike):
-        on_disk = {"bytes": directory_bytes(given), **footprint(given)}
+        home = given if Path(given).is_dir() else snapshot_download(os.fspath(given), local_files_only=True)
+        on_disk = {"weights": weights_id(home), "bytes": directory_bytes(home), **footprint(given)}
     return {
         "parameters": int(cost["params_model"]),
         "block_parameters": int(cost["params_blocks"]),
@@ -143,7 +148,10 @@ def _cache_bytes(model: PreTrainedModel, anatomy: Anatomy) -> int | None:
 
 
 def directory_bytes(directory: str | os.PathLike[str]) -> int:
-    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+    """Of a model's files; what a Trainer or a card put beside them is left out."""
+    home = Path(directory)
+    files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    return sum((home / path).stat().st_size for path in files if not path.parts[0].startswith(NOT_MODEL))
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ COLOURS = (DENSE, PRUNED, "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a")
 DPI = 130
 
 
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
     try:
         import matplotlib
@@ -30,6 +35,13 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, Sequence
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         axes = figure.subplots(1, columns, squeeze=False)[0]
     return figure, axes
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """Under another name first, so that a card never shows half a picture."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=DPI, format="png")
+    temporary.replace(path)
 
 
 def _groups(plan: PruningPlan) -> dict[tuple[str, str], list[SitePlan]]:
@@ -50,17 +62,18 @@ def kept_units(plan: PruningPlan, path: Path) -> None:
         axis.set(ylabel="layer", title=f"{stack} {kind.replace('_', ' ')}" if kind != "ffn" else f"{stack} FFN")
         axis.set_yticks(range(0, len(sites), max(1, len(sites) // 15)))
         axis.set_ylim(len(sites) - 0.5, -0.5)
-    figure.savefig(path, dpi=DPI)
+    _write(figure, path)
 
 
 def _heads(axis: Axes, sites: Sequence[SitePlan]) -> None:
     from matplotlib.colors import ListedColormap
 
-    grid = [[float(unit in set(site.kept)) for unit in range(site.of)] for site in sites]
-    rows, columns = ([i - 0.5 for i in range(count + 1)] for count in (len(sites), sites[0].of))
+    widest = max(site.of for site in sites)
+    grid = [[float(unit in set(site.kept)) for unit in range(widest)] for site in sites]
+    rows, columns = ([i - 0.5 for i in range(count + 1)] for count in (len(sites), widest))
     colours = ListedColormap([CUT, KEPT])
     axis.pcolormesh(columns, rows, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    axis.set_xticks(range(0, sites[0].of, max(1, sites[0].of // 12)))
+    axis.set_xticks(range(0, widest, max(1, widest // 12)))
     axis.set_xlabel(f"{sites[0].unit.replace('_', ' ').replace('kv', 'KV')} (dark: kept)")
 
 
@@ -89,7 +102,7 @@ def scores(report: Mapping[str, Any], path: Path) -> None:
         axis.set(title=f"{stack} {kind}", xlabel="share of the units, ascending", ylabel="score")
         axis.set_yscale("log")
     figure.suptitle(f"{report['criterion']} scores; dark: first layers, light: last", fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    _write(figure, path)
 
 
 def latency_bars(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -115,7 +128,7 @@ def latency_bars(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axis.set_xticks([])
     if entries:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    _write(figure, path)
 
 
 def before_after(rows: Sequence[tuple[str, float, str]], path: Path) -> None:
@@ -129,7 +142,7 @@ def before_after(rows: Sequence[tuple[str, float, str]], path: Path) -> None:
     axis.set(xlabel="share of the dense model", xlim=(0, max(1.0, *(share for _, share, _ in rows)) * 1.45))
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.invert_yaxis()
-    figure.savefig(path, dpi=DPI)
+    _write(figure, path)
 
 
 def tradeoff(points: Mapping[str, tuple[float, float]], metric: str, where: str, path: Path) -> None:
@@ -141,4 +154,4 @@ def tradeoff(points: Mapping[str, tuple[float, float]], metric: str, where: str,
     axis.set(xlabel=f"ms, {where}", ylabel=metric)
     axis.set_xlim(0, 1.25 * max(ms for ms, _ in points.values()))
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=DPI)
+    _write(figure, path)

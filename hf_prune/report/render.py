@@ -27,13 +27,16 @@ def measured_rows(found: Measured) -> list[Row]:
     first = next(iter(found.values()))
     rows: list[Row] = []
     for title, key in SIZES.items():
-        if first[key]:
+        known = {name: m[key] for name, m in found.items() if m[key]}
+        if known:
             unit = "B" if "bytes" in key else ""
-            cells = {name: f"{count(m[key])}{unit} ({m[key] / first[key]:.0%})" for name, m in found.items() if m[key]}
+            shares = {name: f" ({value / first[key]:.0%})" if first[key] else "" for name, value in known.items()}
+            cells = {name: f"{count(value)}{unit}{shares[name]}" for name, value in known.items()}
             label = f"{title}, {first['sequence_length']} tokens" if key == "macs" else title
             rows.append({"": label} | cells)
-    if first["load_seconds"]:
-        rows.append({"": "time to load"} | {name: f"{m['load_seconds']:.2f} s" for name, m in found.items()})
+    loads = {name: f"{m['load_seconds']:.2f} s" for name, m in found.items() if m["load_seconds"]}
+    if loads:
+        rows.append({"": "time to load"} | loads)
     for index, entry in enumerate(first["latency"]):
         at = {name: m["latency"][index] for name, m in found.items()}
         label = f"{entry['what']}, {entry['batch']} × {entry['length']}"
@@ -54,11 +57,12 @@ def setting_line(found: Measured) -> str:
 
 
 def write(found: Measured, directory: Path) -> None:
-    """measurements.json, .md and .png: the same figures three times."""
-    from .plots import latency_bars
+    """measurements.json, .md and, with matplotlib, .png: the same figures three times."""
+    from . import plots
 
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / MEASUREMENTS, json.dumps(found, indent=1) + "\n")
     text = f"{markdown(measured_rows(found))}\n\n{setting_line(found)}\n"
     write_text((directory / MEASUREMENTS).with_suffix(".md"), text)
-    latency_bars(found, (directory / MEASUREMENTS).with_suffix(".png"))
+    if plots.can_draw():
+        plots.latency_bars(found, (directory / MEASUREMENTS).with_suffix(".png"))
