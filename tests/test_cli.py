@@ -223,7 +223,14 @@ def test_another_stock_family_on_request(llama, text, tmp_path, capsys):
 def test_inspect(bert, llama, capsys):
     assert main(["inspect", bert, "--sequence-length", "32"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("4 heads of 8", "48 neurons", "FFN widths only", "at 32 tokens", "per_layer", "not run here"):
+    for expected in (
+        "4 heads of 8",
+        "48 neurons",
+        "FFN widths only",
+        "at 32 tokens",
+        "per_layer",
+        "not run in our tests",
+    ):
         assert expected in shown
     shares = [float(x) for x in re.findall(r"\((\d+\.\d)%\)", shown)]
     assert sum(shares[::2]) == pytest.approx(100, abs=0.2)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny_text
 import torch
 from tiny import tiny_batch, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_prune import PruningConfig, prune
 from hf_prune.export.gguf import ARCHITECTURES, interleave, to_gguf
@@ -40,6 +41,29 @@ def tokenizer():
     backend.train_from_iterator(tiny_text.sentences(50), trainer)
     names = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """The same text in the manner of Llama 2: spaces as marks, bytes for what is unknown."""
+    marked = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = marked
+    trained.train_from_iterator(tiny_text.sentences(50), trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learnt = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = marked
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def llama(words):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=words, num_hidden_layers=1, **sizes))
 
 
 def small(family, shapes):
@@ -78,6 +102,18 @@ def test_layers_of_different_sizes_become_lists(tmp_path, tokenizer):
     assert widths == [layer.mlp.gate_proj.out_features for layer in model.model.layers]
 
 
+def test_merges_in_their_order(tmp_path, sentencepiece):
+    to_gguf(llama(len(sentencepiece)), tmp_path / "m.gguf", sentencepiece)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tokens, scores = (reader.get_field(f"tokenizer.ggml.{key}").contents() for key in ("tokens", "scores"))
+    merges = json.loads(sentencepiece.backend_tokenizer.to_str())["model"]["merges"]
+    found = [scores[tokens.index("".join(pair))] for pair in merges]
+    assert len(merges) > 20
+    assert found == sorted(found, reverse=True)
+    assert min(found) > scores[tokens.index("<0x41>")]
+    assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() is True
+
+
 def test_what_llama_cpp_cannot_build_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"builds every layer of a qwen2 alike.*shapes='uniform'"):
         to_gguf(small("qwen2", "per_layer"), tmp_path / "m.gguf", tokenizer)
@@ -96,6 +132,15 @@ def test_a_file_is_not_overwritten(tmp_path, tokenizer):
     (tmp_path / "m.gguf").write_text("here")
     with pytest.raises(FileExistsError, match="exists"):
         to_gguf(tiny_model("llama", "LlamaForCausalLM"), tmp_path / "m.gguf", tokenizer)
+
+
+@pytest.mark.slow
+def test_llama_cpp_splits_text_in_the_same_way(tmp_path, sentencepiece):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-llama-cpp")
+    to_gguf(llama(len(sentencepiece)), tmp_path / "m.gguf", sentencepiece)
+    opened = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in [*tiny_text.sentences(20), "Unseen: Ünïcode, and  two spaces."]:
+        assert opened.tokenize(text.encode(), add_bos=False) == sentencepiece(text)["input_ids"]
 
 
 @pytest.mark.slow

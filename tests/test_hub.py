@@ -57,6 +57,12 @@ def pushed(environment, *arguments):
     return python(environment, "import sys; from hf_prune.cli import main; sys.exit(main())", "push", *arguments)
 
 
+def contents(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
 def opened(environment, repo, revision="main"):
     done = python(environment, OPEN, repo, revision)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -68,7 +74,8 @@ def test_what_was_pushed_opens_elsewhere(hub, environment, small):
     assert done.returncode == 0, done.stderr[-2000:]
     assert hub.endpoint in done.stdout
     there = {path: content for path, content in hub.repos["me/small"]["main"].items() if path != ".gitattributes"}
-    assert there == {path.name: path.read_bytes() for path in small.iterdir()}
+    assert there == contents(small)
+    assert b'from_pretrained("me/small")' in there["README.md"]
     assert (small / "model.safetensors").read_bytes() in hub.objects.values()  # went through LFS
     assert hub.private == {"me/small"}
     assert opened(environment, "me/small") == opened(environment, small)
@@ -98,6 +105,25 @@ def test_no_token(hub, environment, small):
     assert hub.repos == {}
 
 
+def test_what_a_trainer_left_beside_it_stays(hub, environment, small):
+    for name in ("checkpoint-4/optimizer.pt", "runs/events", ".small.tmp"):
+        (small / name).parent.mkdir(exist_ok=True)
+        (small / name).write_text("not proven")
+    (small / "README.md").write_text("mine")
+    assert pushed(environment, small, "me/small").returncode == 0
+    there = hub.repos["me/small"]["main"]
+    assert {path.split("/")[0] for path in there} <= {path.name for path in small.iterdir()} | {".gitattributes"}
+    assert not [path for path in there if path.startswith(("checkpoint", "runs", ".small"))]
+    assert there["README.md"] == b"mine"
+
+
+def test_a_busy_hub_is_asked_again(hub, environment, small):
+    hub.faults["commit"] = 1
+    done = pushed(environment, small, "me/small")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "model.safetensors" in hub.repos["me/small"]["main"]
+
+
 def test_a_cut_line_is_tried_again(hub, environment, small):
     hub.faults["PUT"] = 2
     done = pushed(environment, small, "me/small")
@@ -106,13 +132,14 @@ def test_a_cut_line_is_tried_again(hub, environment, small):
 
 
 def test_a_line_that_stays_cut_loses_nothing(hub, environment, small):
-    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    (small / "README.md").write_text("mine")
+    before = contents(small)
     hub.faults["PUT"] = 10**6
     done = pushed(environment, small, "me/small")
     assert done.returncode == 2
     assert "No commit was made" in done.stderr
     assert hub.repos["me/small"]["main"] == {}
-    assert {path.name: path.read_bytes() for path in small.iterdir()} == before
+    assert contents(small) == before
     hub.faults.clear()
     assert pushed(environment, small, "me/small").returncode == 0
 
