@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import tiny_text
 import torch
 from tiny import tiny_batch, tiny_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_prune import PruningConfig, prune
@@ -84,7 +85,7 @@ def test_interleave_pairs_the_halves_of_each_head():
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_transformers_reads_it_back(tmp_path, family, tokenizer):
     model = small(family, "uniform")
-    to_gguf(model, tmp_path / "m.gguf", tokenizer, dtype="f32", pre_tokenizer="gpt-2")
+    to_gguf(model, tmp_path / "m.gguf", tokenizer, dtype="f32")
     known = {} if family in ("llama", "mistral", "qwen2") else {"config": model.config}  # all it cannot read
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **known).eval()
     ids = torch.arange(8, 24).reshape(2, 8)
@@ -95,7 +96,7 @@ def test_transformers_reads_it_back(tmp_path, family, tokenizer):
 
 def test_layers_of_different_sizes_become_lists(tmp_path, tokenizer):
     model = small("llama", "per_layer")
-    to_gguf(model, tmp_path / "m.gguf", tokenizer, pre_tokenizer="gpt-2")
+    to_gguf(model, tmp_path / "m.gguf", tokenizer)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert reader.get_field("general.architecture").contents() == "deci"
     widths = reader.get_field("deci.feed_forward_length").contents()
@@ -123,6 +124,10 @@ def test_what_llama_cpp_cannot_build_is_refused(tmp_path, tokenizer):
 
 
 def test_an_unknown_way_to_split_text_is_refused(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    by_words = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}+"), "isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_words, bytewise])
     with pytest.raises(ValueError, match="this tokenizer's is not known here"):
         to_gguf(small("qwen2", "uniform"), tmp_path / "m.gguf", tokenizer)
     assert list(tmp_path.iterdir()) == []

@@ -46,10 +46,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-DIGITS = "each digit by itself"
+OLD, DIGITS = "the regex of GPT-2", "each digit by itself, then the regex of GPT-2"
 PRE_TOKENIZERS: Mapping[str, str] = {  # how a byte-level tokenizer splits text -> llama.cpp's name for it
     f"{LETTERS}\\p{{N}}{{1,3}}{REST}": "llama-bpe",
     f"{LETTERS}\\p{{N}}{REST}": "qwen2",
+    OLD: "gpt-2",
     DIGITS: "smollm",
 }
 
@@ -222,9 +223,11 @@ def _tokenizer(writer: Any, tokenizer: Any, pre_tokenizer: str | None, size: int
 def _splits(held: Any) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts text before it merges."""
     parts = held.get("pretokenizers", [held])
-    digits = [part["type"] for part in parts] == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]
-    regex = next((part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None)
-    name = PRE_TOKENIZERS.get(DIGITS if digits else str(regex))
+    way = next((str(part["pattern"].get("Regex")) for part in parts if part["type"] == "Split"), "")
+    if parts[-1]["type"] == "ByteLevel" and parts[-1]["use_regex"] and not way:
+        kinds = [part["type"] for part in parts[:-1]]
+        way = OLD if not kinds else DIGITS if kinds == ["Digits"] and parts[0]["individual_digits"] else ""
+    name = PRE_TOKENIZERS.get(way)
     if name is None:
         raise ValueError(
             f"llama.cpp has a name for each way to split text, and this tokenizer's is not known here: "
