@@ -7,8 +7,12 @@ not reproduce.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +59,12 @@ def to_onnx(
             f"ONNX: an encoder-decoder ({model.config.model_type}) is not exported; encoders and decoders are."
         )
     exporter, config = _exporter(int8)
-    inputs = proof_inputs(model, batches)
-    with quiet(model), torch.no_grad():
+    inputs = graph_inputs(model, proof_inputs(model, batches))
+    with quiet(model), torch.no_grad(), _silent():
         if model.can_generate():
-            exported = exporter.export_for_generation(model, dict(inputs), config)
+            exported = exporter.export_for_generation(model, inputs, config)
         else:
-            exported = exporter.export(model, dict(inputs), config)
+            exported = exporter.export(model, inputs, config)
         with beside(target) as temporary:
             exported.save_pretrained(temporary)
             if processing_class is not None:
@@ -72,6 +76,26 @@ def to_onnx(
                     f"{TOLERANCE:.0e}). Nothing was saved."
                 )
     return difference
+
+
+def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With token_type_ids where the model tells kinds of tokens apart, as its tokenizer gives them."""
+    if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in inputs:
+        return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    return dict(inputs)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter's steps, and what it says of its own parts, mean nothing to users; errors pass."""
+    disabled = logging.root.manager.disable
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def _exporter(int8: bool) -> tuple[Any, Any]:

@@ -164,7 +164,7 @@ def write_card(
         **pictures,
     )
     path = directory / "README.md"
-    write_text(path, str(card))
+    write_text(path, f"{card}\n")
     return path
 
 
@@ -277,7 +277,7 @@ def _made(found: Evidence) -> str:
     text = f"By hf_prune {found.summary.get('version', version('hf-prune'))}, in {cuts}"
     if found.cuts:
         seen = found.cuts[-1]["calibration"]
-        text += f", each calibrated on {seen['rows']:,} examples ({seen['tokens']:,} tokens)"
+        text += f", {'each ' if len(found.cuts) > 1 else ''}calibrated on {seen['rows']:,} examples ({seen['tokens']:,} tokens)"
     return f"{text}. The exact settings of the last cut; the plan with every kept unit is in `{PLAN_FILE}`:"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..anatomy import quiet
 from ..checkpoint import weights_id
-from ..export.onnx import to_onnx
+from ..export.onnx import graph_inputs, to_onnx
 from ..files import write_text
 from ..latency import device_name, random_inputs, synchronize
 from .measure import Clock, directory_bytes, entry, interleaved
@@ -58,7 +58,7 @@ def corners(
             for name, (call, path) in made.items()
         }
         for batch, length in shapes:
-            inputs = random_inputs(dense, batch, length)
+            inputs = graph_inputs(dense, random_inputs(dense, batch, length))
             clocks: dict[str, Clock] = {name: partial(_run, call, inputs, device) for name, (call, _) in made.items()}
             times = interleaved(clocks, runs, 3, f"{engine}, {batch} x {length}")
             for name, found in times.items():
@@ -97,6 +97,7 @@ def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) ->
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # four sessions wait in turn on the same cores
     made: Made = {}
     for name, (model, int8) in _four(dense, pruned).items():
         to_onnx(model, home / name, int8=int8)
