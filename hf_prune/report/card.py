@@ -277,7 +277,8 @@ def _made(found: Evidence) -> str:
     text = f"By hf_prune {found.summary.get('version', version('hf-prune'))}, in {cuts}"
     if found.cuts:
         seen = found.cuts[-1]["calibration"]
-        text += f", {'each ' if len(found.cuts) > 1 else ''}calibrated on {seen['rows']:,} examples ({seen['tokens']:,} tokens)"
+        each = "each " if len(found.cuts) > 1 else ""
+        text += f", {each}calibrated on {seen['rows']:,} examples ({seen['tokens']:,} tokens)"
     return f"{text}. The exact settings of the last cut; the plan with every kept unit is in `{PLAN_FILE}`:"
 
 
