@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from . import layerwise
@@ -338,15 +339,26 @@ def record_of(model: PreTrainedModel) -> Record | None:
 
 def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, config: PruningConfig) -> dict[str, Any]:
     previous = model.config.__dict__.get(KEY, {})
+    origin = {key: previous[key] for key in ("base_model", "license") if previous.get(key)}
     return {
         "version": version("hf-prune"),
-        "base_model": previous.get("base_model") or model.config._name_or_path,
+        **(origin or _origin(str(model.config._name_or_path))),
         "criterion": config.criterion,
         "repair": config.repair,
         "before": previous.get("before") or plan.cost.get("before", {}),
         "after": plan.cost.get("after", {}),
         "plan": composed.hash,
     }
+
+
+def _origin(name: str) -> dict[str, str]:
+    """Of a Hub id that id; of a directory its name, and the licence that its README.md states."""
+    home = Path(name)
+    if not name or not home.is_dir():
+        return {"base_model": name}
+    card = home / "README.md"
+    licence = ModelCard.load(str(card), ignore_metadata_errors=True).data.license if card.is_file() else None
+    return {"base_model": home.resolve().name, **({"license": str(licence)} if licence else {})}
 
 
 def _proof_rows(batches: Sequence[Batch]) -> Batch:

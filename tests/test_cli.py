@@ -253,6 +253,44 @@ def test_inspect_says_what_was_pruned(bert, labelled, tmp_path, capsys):
     assert "already pruned: stock form" in capsys.readouterr().out
 
 
+def test_bench_then_card(bert, labelled, tmp_path, capsys):
+    small = str(tmp_path / "small")
+    main(["prune", bert, "--data", labelled, "--keep", "0.7", "--out", small, *CUT])
+    assert main(["bench", bert, small, "--batch", "1,2", "--length", "8", "--runs", "2", "--out", small]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "small" / "measurements.json").read_text())
+    assert [at["batch"] for at in found["small"]["latency"]] == [1, 2]
+    assert f"{found['small']['latency'][0]['median_ms']:.1f} ms" in shown
+    given = ["--name", "me/small", "--base-model", "me/dense", "--license", "mit", "--datasets", "me/a,me/b"]
+    assert main(["card", small, *given]) == 0
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert f"{found['small']['latency'][0]['median_ms']:.1f} ms" in text
+    for expected in ("base_model: me/dense", "license: mit", "- me/b", "\n# small\n", 'from_pretrained("me/small")'):
+        assert expected in text
+    assert main(["card", bert]) == 2
+    assert "holds no pruned checkpoint" in capsys.readouterr().err
+
+
+def test_export(bert, llama, labelled, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs hf-prune[onnx]")
+    pytest.importorskip("onnxscript", reason="needs hf-prune[onnx]")
+    small, graph = str(tmp_path / "small"), str(tmp_path / "graph")
+    main(["prune", bert, "--data", labelled, "--keep", "0.7", "--out", small, *CUT])
+    assert main(["export", small, "--to", "onnx", "--int8", "--out", graph]) == 0
+    assert "run by ONNX Runtime" in capsys.readouterr().out
+    assert {"model.onnx", "tokenizer.json"} <= {path.name for path in (tmp_path / "graph").iterdir()}
+    assert main(["export", small, "--to", "onnx", "--out", graph]) == 2
+    assert main(["export", small, "--to", "gguf", "--out", str(tmp_path / "m.gguf")]) == 2
+    assert main(["export", small, "--to", "gguf", "--int8", "--out", str(tmp_path / "m.gguf")]) == 2
+    problems = capsys.readouterr().err
+    for expected in ("exists and is not empty", "no row for 'bert'", "--int8 goes with --to onnx"):
+        assert expected in problems
+    pytest.importorskip("gguf", reason="needs hf-prune[gguf]")
+    assert main(["export", llama, "--to", "gguf", "--type", "f32", "--out", str(tmp_path / "m.gguf")]) == 2
+    assert "a WordLevel tokenizer is not written" in capsys.readouterr().err
+    assert not (tmp_path / "m.gguf").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

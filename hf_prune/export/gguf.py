@@ -200,19 +200,24 @@ def _tokenizer(writer: Any, tokenizer: Any, pre_tokenizer: str | None, size: int
         tokenizer.save_pretrained(directory)
         home = Path(directory)
         parts = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))
+        model = parts["model"]
+        if model["type"] != "BPE":
+            raise ValueError(
+                f"llama.cpp: a {model['type']} tokenizer is not written; byte-level and SentencePiece BPE are."
+            )
         vocabulary: Any
-        try:
+        if not model.get("byte_fallback"):
             vocabulary = gguf.BpeVocab(home)
             writer.add_tokenizer_model("gpt2")
             writer.add_tokenizer_pre(pre_tokenizer or _splits(parts["pre_tokenizer"]))
-        except FileNotFoundError:
+        else:
             vocabulary = gguf.LlamaHfVocab(home)
             writer.add_tokenizer_model("llama")
             writer.add_tokenizer_pre("default")
             writer.add_add_space_prefix(_starts_with_space(parts))
         tokens, scores, types = (list(part) for part in zip(*vocabulary.all_tokens(), strict=True))
-        if isinstance(vocabulary, gguf.LlamaHfVocab):
-            scores = _scores(tokens, parts["model"]["merges"])
+        if model.get("byte_fallback"):
+            scores = _scores(tokens, model["merges"])
         missing = range(len(tokens), size)
         writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in missing)])
         writer.add_token_scores([*scores, *(-1e6 for _ in missing)])

@@ -84,13 +84,13 @@ class Evidence:
 
     @property
     def origin(self) -> str:
-        """The Hub id or the directory of what was pruned; "" where that is not known."""
+        """The Hub id of what was pruned, or the name of its directory; "" where that is not known."""
         return str(self.summary.get("base_model") or "")
 
     @property
     def base_model(self) -> str:
         """The Hub id of what was pruned; "" where it was a directory."""
-        return self.origin if HUB_ID.fullmatch(self.origin) and not Path(self.origin).exists() else ""
+        return self.origin if HUB_ID.fullmatch(self.origin) else ""
 
     def cost(self, key: str) -> tuple[float, float]:
         """(dense, pruned); key as in `costs.report`: macs_model, params_blocks, ..."""
@@ -201,22 +201,17 @@ def _metadata(found: Evidence, name: str, base_model: str, given: Mapping[str, A
         "tags": ["pruned", "structured-pruning", "hf_prune", *given.get("tags", ())],
     }
     given = {key: value for key, value in given.items() if value is not None and key != "tags"}
-    carried = {} if "license" in given else _licence_of(found.origin, base_model)
+    known = {"license": found.summary["license"]} if "license" in found.summary else {}
+    carried = known if known or "license" in given or not base_model else _licence_of(base_model)
     return ModelCardData(**{**fields, **carried, **given})
 
 
-def _licence_of(directory: str, base_model: str) -> dict[str, str]:
-    """From the base model's card, in the directory that was pruned or on the Hub; {} where there is none in reach."""
-    from huggingface_hub import HfApi, ModelCard
+def _licence_of(base_model: str) -> dict[str, str]:
+    """From the base model's card on the Hub; {} where there is none in reach."""
+    from huggingface_hub import HfApi
 
-    card = Path(directory) / "README.md"
     try:
-        if directory and card.is_file():
-            data = ModelCard.load(str(card)).data
-        elif base_model:
-            data = HfApi().model_info(base_model, timeout=LOOK_UP).card_data
-        else:
-            return {}
+        data: Any = HfApi().model_info(base_model, timeout=LOOK_UP).card_data or {}
         return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
     except Exception:  # no such repository, no network, no metadata: then the card states no licence
         return {}
@@ -284,7 +279,7 @@ def _made(found: Evidence) -> str:
 
 def _recipe(found: Evidence, base_model: str) -> dict[str, Any]:
     config = found.cuts[-1]["config"] if found.cuts else dict(found.plan.config)
-    return {"base_model": base_model or Path(found.origin).name, "pruning": dict(config), "plan": found.plan.hash}
+    return {"base_model": base_model or found.origin, "pruning": dict(config), "plan": found.plan.hash}
 
 
 def _limits(found: Evidence, note: str | None) -> str:

@@ -153,5 +153,8 @@ def tradeoff(points: Mapping[str, tuple[float, float]], metric: str, where: str,
         axis.annotate(f" {name}", (ms, value), fontsize=8, va="center")
     axis.set(xlabel=f"ms, {where}", ylabel=metric)
     axis.set_xlim(0, 1.25 * max(ms for ms, _ in points.values()))
+    values = [value for _, value in points.values()]
+    room = max(0.6 * (max(values) - min(values)), 0.02 * max(values))  # a hair's breadth is not to look like a gulf
+    axis.set_ylim(min(values) - room, max(values) + room)
     axis.grid(alpha=0.3)
     _write(figure, path)
