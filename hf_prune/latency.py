@@ -33,6 +33,7 @@ from .anatomy import Anatomy, probe_inputs, quiet
 from .batches import Batch, forward_inputs
 from .config import PruningConfig
 from .costs import CostModel
+from .files import write_text
 from .plan import PruningPlan, SiteKey
 from .sites import Site
 from .surgery import cut_
@@ -147,14 +148,14 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, 
 def timed(module: nn.Module, *args: Any, **kwargs: Any) -> float:
     """Seconds of one forward pass."""
     device = next(module.parameters()).device
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     module(*args, **kwargs)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -402,13 +403,11 @@ def _keep(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:
 
 
 def _write(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:
-    """Atomically; a cache that cannot be written costs the next run its time, not this one its result."""
+    """A cache that cannot be written costs the next run its time, not this one its result."""
     sites = [[*place, vars(cost)] for place, cost in table.units.items()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"format": FORMAT, "key": key, "fixed_ms": table.fixed, "sites": sites}))
-        temporary.replace(path)
+        write_text(path, json.dumps({"format": FORMAT, "key": key, "fixed_ms": table.fixed, "sites": sites}))
     except OSError as error:
         warnings.warn(f"The latency table is not cached ({error}); set HF_PRUNE_CACHE.", stacklevel=2)
 

@@ -6,6 +6,7 @@ Shapes: B examples, T tokens, n tokens of a batch, K input columns of a consumer
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from . import layerwise
@@ -22,6 +24,7 @@ from .anatomy import Anatomy, describe, quiet
 from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import ALONE, Ranks, statistics
 from .config import PruningConfig
+from .files import write_text
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
 from .layout import KEY, write_
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAN_FILE = "pruning_plan.json"
+REPORT_FILE = "pruning_report.json"
+QUANTILES = 33  # of the scores of a site, in its report
 PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
 
 
@@ -50,10 +55,24 @@ class PruneResult:
 
 @dataclass
 class Record:
-    """What a pruned model in memory remembers: its plan into the dense model, and rows to prove a save with."""
+    """What a pruned model in memory remembers: its plan into the dense model, rows to prove a save with, each cut."""
 
     plan: PruningPlan
     batch: Batch | None
+    cuts: tuple[dict[str, Any], ...] = ()  # the report of each prune()
+
+    def save(self, directory: Path) -> None:
+        """The plan and the reports, beside the weights."""
+        self.plan.save(directory / PLAN_FILE)
+        write_text(directory / REPORT_FILE, json.dumps({"format": 1, "cuts": self.cuts}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Record | None:
+        if not (directory / PLAN_FILE).is_file():
+            return None
+        report = directory / REPORT_FILE
+        cuts = json.loads(report.read_text())["cuts"] if report.is_file() else ()
+        return cls(PruningPlan.load(directory / PLAN_FILE), None, tuple(cuts))
 
 
 @dataclass
@@ -203,16 +222,23 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     repairs = [] if plan.is_identity else _cut_and_repair_(model, analysis, plan)
     if not plan.is_identity:
         write_(model, _summary(model, plan, composed, config))
-    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None)  # type: ignore[assignment]
     report = {
         **plan.cost,
+        "config": dict(plan.config),
         "criterion": config.criterion,
+        "calibration": {
+            "rows": sum(batch.size for batch in analysis.batches),
+            "tokens": sum(int(batch.inputs.get("attention_mask", torch.zeros(0)).sum()) for batch in analysis.batches),
+        },
+        "scores": _quantiles(analysis.scores),
         "repairs": repairs,
         "other_shapes": _other_shapes(analysis, plan),
         "seconds": {"score": analysis.seconds, "cut_and_repair": time.perf_counter() - started},
     }
     if watch is not None:
         report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
+    cuts = (*(earlier.cuts if earlier else ()), report)
+    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
     return PruneResult(model, plan, analysis.scores, report)
 
 
@@ -307,16 +333,16 @@ def record_of(model: PreTrainedModel) -> Record | None:
     """What an earlier prune() in this process, or the directory that the model was loaded from, knows of its cuts."""
     record = getattr(model, "_hf_prune", None)
     if record is None and model.config.__dict__.get(KEY):
-        path = Path(model.config._name_or_path) / PLAN_FILE
-        record = Record(PruningPlan.load(path), None) if path.is_file() else None
+        record = Record.load(Path(model.config._name_or_path))
     return record
 
 
 def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, config: PruningConfig) -> dict[str, Any]:
     previous = model.config.__dict__.get(KEY, {})
+    origin = {key: previous[key] for key in ("base_model", "license") if previous.get(key)}
     return {
         "version": version("hf-prune"),
-        "base_model": previous.get("base_model") or model.config._name_or_path,
+        **(origin or _origin(str(model.config._name_or_path))),
         "criterion": config.criterion,
         "repair": config.repair,
         "before": previous.get("before") or plan.cost.get("before", {}),
@@ -325,9 +351,29 @@ def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, c
     }
 
 
+def _origin(name: str) -> dict[str, str]:
+    """Of a Hub id that id; of a directory its name, and the licence that its README.md states."""
+    home = Path(name)
+    if not name or not home.is_dir():
+        return {"base_model": name}
+    card = home / "README.md"
+    licence = ModelCard.load(str(card), ignore_metadata_errors=True).data.license if card.is_file() else None
+    return {"base_model": home.resolve().name, **({"license": str(licence)} if licence else {})}
+
+
 def _proof_rows(batches: Sequence[Batch]) -> Batch:
     first = batches[0]
     return Batch({k: v[:PROOF_ROWS] for k, v in first.inputs.items()}, {}, first.held_out[:PROOF_ROWS])
+
+
+def _quantiles(scores: Mapping[SiteKey, torch.Tensor]) -> list[dict[str, Any]]:
+    """The scores of each site, [U], at equal steps from the least to the greatest."""
+    steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    return [
+        {"stack": stack, "layer": layer, "kind": kind}
+        | {"quantiles": [float(f"{q:.4g}") for q in values.double().cpu().quantile(steps).tolist()]}
+        for (stack, layer, kind), values in scores.items()
+    ]
 
 
 def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, float]]:

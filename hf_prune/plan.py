@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 FORMAT = 1
 UNITS = ("head", "kv_group", "neuron")
 SiteKey = tuple[str, int, str]  # (stack, layer, kind)
@@ -117,7 +119,8 @@ class PruningPlan:
         """This plan followed by `then` (made for the model that this one leaves), as one plan for the dense model."""
         later = {site.key: site for site in then.sites}
         sites = tuple(_compose_site(site, later[site.key]) if site.key in later else site for site in self.sites)
-        return PruningPlan(self.model_type, sites, then.config, then.cost)
+        before = self.cost.get("before") or then.cost.get("before")
+        return PruningPlan(self.model_type, sites, then.config, {**then.cost, **({"before": before} if before else {})})
 
     def summary(self) -> str:
         """One line a stack and kind: kept counts per layer."""
@@ -158,10 +161,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(self.to_json() + "\n")
-        temporary.replace(target)
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

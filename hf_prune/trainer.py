@@ -8,48 +8,36 @@ therefore the same thing; optimizer, warm-up and learning rate begin anew in eac
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import itertools
-import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .anatomy import describe
-from .batches import even_positions, forward_inputs, prepare
+from .batches import even_positions
 from .calibrate import Ranks
-from .checkpoint import beside, prove, swap
 from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
 from .costs import report as cost_report
-from .distill import LOGITS, Distillation
-from .oneshot import PLAN_FILE, Analysis, PruneResult, analyze, apply, record_of
+from .distill import Distillation
+from .oneshot import PruneResult, analyze, apply
 from .plan import PruningPlan
-from .rounds import STATE_FILE, Round, RoundCallback, Run, complete_checkpoints, is_complete, trainer_state
+from .report.card import DENSE
+from .rounds import Round, RoundCallback, Run, trainer_state
+from .saving import SavingMixin, cut_by
 from .schedules import shares, targets
 
-BASE = "base_model"  # beside adapters: the pruned weights that they belong to
 CALIBRATION_BATCH = 32  # examples at most
 
 
-if TYPE_CHECKING:
-    Mixed = Trainer  # what the mixin may rely on
-else:
-    Mixed = object
-
-
-class PruningMixin(Mixed):
+class PruningMixin(SavingMixin):
     """What `PruningTrainer` adds to a Trainer; mix it into another: `class T(PruningMixin, SFTTrainer)`.
 
     Args (besides the Trainer's):
@@ -64,7 +52,6 @@ class PruningMixin(Mixed):
         ValueError: a model or settings that cannot be pruned or taught. Nothing is changed before.
     """
 
-    model: Any
     train_dataset: Any
 
     def __init__(
@@ -93,6 +80,8 @@ class PruningMixin(Mixed):
         self.merge_adapters = merge_adapters
         self.calibration_dataset = calibration_dataset
         self.results: list[PruneResult] = []  # of each cut in this process
+        self._evaluated: dict[int | str, tuple[Any, dict[str, float]]] = {}
+        self._best_step: int | None = None
         self.round: Round | None = None
         self._run: Run | None = None
         self._boundary: Path | None = None
@@ -125,23 +114,6 @@ class PruningMixin(Mixed):
         if self.distillation is not None and (self._teacher is not None or self.distillation.teacher):
             self._teach()
 
-    def _teach(self) -> None:
-        """Make the teacher ready; without one of its own, the model teaches as it is now."""
-        if self.distillation is None or self._distiller is not None:
-            return
-        model = self._plain()
-        known = LOGITS in (getattr(self.train_dataset, "column_names", None) or ())
-        if known and not self.distillation.hidden_weight and not self.distillation.attention_weight:
-            self._distiller = Distillation(model, None, self.distillation)
-            return
-        if self._teacher is None and self.distillation.teacher:
-            self._teacher = type(model).from_pretrained(self.distillation.teacher)
-        teacher: Any = self._teacher
-        if teacher is None:
-            teacher = copy.deepcopy(model)
-            teacher.__dict__.pop("forward", None)  # of a trainer that wraps it: bound to the student still
-        self._distiller = Distillation(model, teacher.to(model.device), self.distillation)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock `train`; `resume_from_checkpoint=True` with no complete checkpoint starts anew, with a warning.
 
@@ -153,32 +125,13 @@ class PruningMixin(Mixed):
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
             self._run = self._boundary = self.round = None
             self.results = []
+            self._evaluated = {when: found for when, found in self._evaluated.items() if when == DENSE}
+            self._best_step = None
             if self.model_init is not None:
                 self._distiller = None
         with tempfile.TemporaryDirectory() as scratch:
             self._scratch = Path(scratch)
             return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _checkpoint(self, given: str | bool | None) -> str | None:
-        """The directory to resume from."""
-        if given is True:
-            found = complete_checkpoints(Path(str(self.args.output_dir)))
-            if not found:
-                warnings.warn(f"No complete checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=3)
-                return None
-            given = str(found[-1])
-        if not given:
-            return None
-        if not is_complete(Path(given)):
-            raise ValueError(f"{given} is no complete checkpoint of a run with pruning (no {STATE_FILE} in it).")
-        theirs, ours = Run.load(Path(given)).config.to_dict(), self.pruning.to_dict()
-        changed = {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
-        if changed:
-            raise ValueError(
-                f"{given} was made with another PruningConfig; (there, here): {changed}. Resume with the same, or "
-                "train into another output_dir."
-            )
-        return given
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
@@ -277,27 +230,6 @@ class PruningMixin(Mixed):
 
     # --- the cut -----------------------------------------------------------------------------------------------------
 
-    def _plain(self) -> Any:
-        """The transformers model inside whatever wraps it, adapters included."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def _release_(self) -> None:
-        """Leave the plain model, adapters merged, and nothing that was made for its earlier shapes."""
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload().requires_grad_(True)
-        self.accelerator.free_memory()
-        self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None
-
-    def _adapt_(self) -> None:
-        """Put adapters on the plain model, if there are to be some."""
-        if self.peft_config is not None:
-            from peft import get_peft_model
-
-            self.model = self.model_wrapped = get_peft_model(self.model, copy.deepcopy(self.peft_config))
-
     def _cost(self) -> dict[str, float]:
         anatomy = describe(self._plain())
         return cost_report(anatomy, dense_counts(anatomy), self.pruning.sequence_length)
@@ -351,134 +283,8 @@ class PruningMixin(Mixed):
     def _rewind_(self, directory: str, plan: PruningPlan) -> None:
         """Weights of an early checkpoint of the dense training, cut by the same plan, in place of the trained ones."""
         early = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        _cut_by(early, plan, self.pruning)
+        cut_by(early, plan, self.pruning)
         self.model.load_state_dict(early.state_dict())
-
-    # --- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _write_boundary(self, trial: Any) -> Path:
-        """A checkpoint at this step, with the model just cut and without optimizer states. Whole or not at all.
-
-        Where no checkpoints are wanted it holds no weights, and is gone after the run.
-        """
-        lasting = self.args.save_strategy != SaveStrategy.NO
-        directory = Path(self._get_output_dir(trial)) if lasting else self._scratch
-        target = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        temporary = directory / f".{target.name}.tmp"
-        if self.args.should_save or not lasting:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._save_rng_state(str(temporary))
-        if lasting:
-            self._write(temporary)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save or not lasting:
-            self.state.save_to_json(str(temporary / TRAINER_STATE_NAME))
-            swap(temporary, target)
-        self.accelerator.wait_for_everyone()
-        return target
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Checkpoints as the stock trainer saves them; anything else is reloaded and compared before it is there."""
-        directory = Path(output_dir or str(self.args.output_dir))
-        if self.pruning is None or directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            self._write(directory, state_dict)
-        elif self.args.should_save:
-            with beside(directory, keep_others=True) as temporary:
-                self._write(temporary, state_dict)
-                if isinstance(self.model, PreTrainedModel):
-                    prove(self.model, temporary)
-
-    def _write(self, directory: Path, state_dict: Any = None) -> None:
-        super()._save(str(directory), state_dict)
-        if self.pruning is None or not self.args.should_save:
-            return
-        home = directory
-        if hasattr(self.model, "get_base_model"):
-            home = directory / BASE
-            copy.deepcopy(self.model).unload().save_pretrained(home)
-        record = record_of(self._plain())
-        if record is not None:
-            record.plan.save(home / PLAN_FILE)
-        if self._run is not None and directory.name.lstrip(".").startswith(PREFIX_CHECKPOINT_DIR):
-            self._run.save(directory)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.pruning is None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._teach()  # by the model as it was handed in
-        directory = Path(resume_from_checkpoint)
-        self._run = Run.load(directory)
-        self._release_()
-        if self._run.plan is not None:
-            _cut_by(self.model, self._run.plan, self.pruning)
-        adapted = (directory / BASE).is_dir()
-        self._restore_(directory / BASE if adapted else directory)
-        if adapted:
-            self._adapt_()
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        return None
-
-    def _load_best_model(self) -> None:
-        if self.pruning is None or not isinstance(self.model, PreTrainedModel):
-            return super()._load_best_model()
-        return self._restore_(Path(str(self.state.best_model_checkpoint)))
-
-    def _restore_(self, directory: Path) -> None:
-        """Weights of a checkpoint into the model, through from_pretrained, which knows what they are called on disk."""
-        saved = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
-
-    # --- distillation ------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Keep what the layers of the student give, where a teacher is to compare it."""
-        if self._distiller is None:
-            yield
-            return
-        with self._distiller.watched(self._plain()) as self._seen:
-            yield
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The task loss, and what the teacher adds while training, scaled alike for gradient accumulation."""
-        inputs = dict(inputs)
-        logits = inputs.pop(LOGITS, None)
-        if self._distiller is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        student = self._plain()
-        tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-        batch = prepare(student, tensors, torch.zeros(1))
-        total: Any = 0.0
-        output = None
-        if self.distillation.task_weight:
-            loss_of: Any = super().compute_loss
-            stock = loss_of.__func__ is Trainer.compute_loss  # others may give no logits to learn by
-            task = loss_of(model, dict(inputs), stock, num_items_in_batch)
-            task, output = task if stock else (task, None)
-            total = self.distillation.task_weight * task
-        if output is None:
-            output = model(**forward_inputs(student, batch))
-        with self.accelerator.autocast():  # which wraps the student alone
-            taught, rows = self._distiller.loss(student, output, batch, self._seen, logits)
-        total = total + self._part(rows, num_items_in_batch) * taught
-        return (total, output) if return_outputs else total
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if LOGITS not in columns:
-            columns.append(LOGITS)
-
-    def _part(self, rows: int, num_items_in_batch: Any) -> Any:
-        """What share of the accumulated batch's mean a batch of so many labelled tokens makes up."""
-        if num_items_in_batch is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
-            return 1.0  # the stock training step divides by the number of batches
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return rows * ranks / num_items_in_batch
 
 
 class PruningTrainer(PruningMixin, Trainer):
@@ -493,8 +299,3 @@ class PruningTrainer(PruningMixin, Trainer):
 
 class PruningSeq2SeqTrainer(PruningMixin, Seq2SeqTrainer):
     """The same for transformers' Seq2SeqTrainer."""
-
-
-def _cut_by(model: PreTrainedModel, plan: PruningPlan, config: PruningConfig) -> None:
-    """Cut to a plan without data: the weights will be loaded."""
-    apply(model, Analysis(describe(model), replace(config, repair="none"), [], 1), replace(plan, config={}))

@@ -19,6 +19,10 @@ from hf_prune.config import TRAINING_FIELDS
 
 CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
 FLAGS = {
+    "bench": "--batch --compile --debug --help --length --new-tokens --out --runs",
+    "card": "--base-model --datasets --debug --help --license --name",
+    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to --type",
+    "push": "--debug --help --private --revision",
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
     "prune": (
@@ -92,13 +96,13 @@ def test_help(command, capsys):
 
 
 def test_flags_become_the_config():
-    from hf_prune.cli import _config
+    from hf_prune.commands.prune import pruning_config
 
     start = ["prune", "m", "--data", "d"]
     given = parser().parse_args([*start, "--units", "heads,neurons", "--metric", "params", "--align", "4"])
-    assert _config(given, 0.7) == PruningConfig(keep=0.7, units=["heads", "neurons"], metric="params", align=4)
+    assert pruning_config(given, 0.7) == PruningConfig(keep=0.7, units=["heads", "neurons"], metric="params", align=4)
     given = parser().parse_args([*start, "--preset", "flap", "--shapes", "uniform"])
-    assert _config(given, 0.5) == PruningConfig.preset("flap", shapes="uniform", keep=0.5)
+    assert pruning_config(given, 0.5) == PruningConfig.preset("flap", shapes="uniform", keep=0.5)
 
 
 def test_prune_classifier(bert, labelled, tmp_path, capsys):
@@ -165,11 +169,11 @@ def test_several_keeps_make_one_table_from_one_pass(bert, labelled, tmp_path, ca
 
 
 def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune import cli
+    from hf_prune.commands import prune
 
     opened = []
-    original = cli._open
-    monkeypatch.setattr(cli, "_open", lambda options: opened.append(original(options)) or opened[-1])
+    original = prune.open_model
+    monkeypatch.setattr(prune, "open_model", lambda options: opened.append(original(options)) or opened[-1])
     out = tmp_path / "out"
     arguments = ["--keep", "0.8,0.6", "--shapes", "uniform", "--dry-run", "--out", str(out)]
     assert main(["prune", bert, "--data", labelled, *arguments, *CUT]) == 0
@@ -219,7 +223,14 @@ def test_another_stock_family_on_request(llama, text, tmp_path, capsys):
 def test_inspect(bert, llama, capsys):
     assert main(["inspect", bert, "--sequence-length", "32"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("4 heads of 8", "48 neurons", "FFN widths only", "at 32 tokens", "per_layer", "not run here"):
+    for expected in (
+        "4 heads of 8",
+        "48 neurons",
+        "FFN widths only",
+        "at 32 tokens",
+        "per_layer",
+        "not run in our tests",
+    ):
         assert expected in shown
     shares = [float(x) for x in re.findall(r"\((\d+\.\d)%\)", shown)]
     assert sum(shares[::2]) == pytest.approx(100, abs=0.2)
@@ -240,6 +251,44 @@ def test_inspect_says_what_was_pruned(bert, labelled, tmp_path, capsys):
     main(["prune", bert, "--data", labelled, "--keep", "0.8", "--out", out, *CUT])
     assert main(["inspect", out]) == 0
     assert "already pruned: stock form" in capsys.readouterr().out
+
+
+def test_bench_then_card(bert, labelled, tmp_path, capsys):
+    small = str(tmp_path / "small")
+    main(["prune", bert, "--data", labelled, "--keep", "0.7", "--out", small, *CUT])
+    assert main(["bench", bert, small, "--batch", "1,2", "--length", "8", "--runs", "2", "--out", small]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "small" / "measurements.json").read_text())
+    assert [at["batch"] for at in found["small"]["latency"]] == [1, 2]
+    assert f"{found['small']['latency'][0]['median_ms']:.1f} ms" in shown
+    given = ["--name", "me/small", "--base-model", "me/dense", "--license", "mit", "--datasets", "me/a,me/b"]
+    assert main(["card", small, *given]) == 0
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert f"{found['small']['latency'][0]['median_ms']:.1f} ms" in text
+    for expected in ("base_model: me/dense", "license: mit", "- me/b", "\n# small\n", 'from_pretrained("me/small")'):
+        assert expected in text
+    assert main(["card", bert]) == 2
+    assert "holds no pruned checkpoint" in capsys.readouterr().err
+
+
+def test_export(bert, llama, labelled, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs hf-prune[onnx]")
+    pytest.importorskip("onnxscript", reason="needs hf-prune[onnx]")
+    small, graph = str(tmp_path / "small"), str(tmp_path / "graph")
+    main(["prune", bert, "--data", labelled, "--keep", "0.7", "--out", small, *CUT])
+    assert main(["export", small, "--to", "onnx", "--int8", "--out", graph]) == 0
+    assert "run by ONNX Runtime" in capsys.readouterr().out
+    assert {"model.onnx", "tokenizer.json"} <= {path.name for path in (tmp_path / "graph").iterdir()}
+    assert main(["export", small, "--to", "onnx", "--out", graph]) == 2
+    assert main(["export", small, "--to", "gguf", "--out", str(tmp_path / "m.gguf")]) == 2
+    assert main(["export", small, "--to", "gguf", "--int8", "--out", str(tmp_path / "m.gguf")]) == 2
+    problems = capsys.readouterr().err
+    for expected in ("exists and is not empty", "no row for 'bert'", "--int8 goes with --to onnx"):
+        assert expected in problems
+    pytest.importorskip("gguf", reason="needs hf-prune[gguf]")
+    assert main(["export", llama, "--to", "gguf", "--type", "f32", "--out", str(tmp_path / "m.gguf")]) == 2
+    assert "a WordLevel tokenizer is not written" in capsys.readouterr().err
+    assert not (tmp_path / "m.gguf").exists()
 
 
 @pytest.mark.parametrize(

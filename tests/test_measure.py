@@ -42,6 +42,8 @@ def test_a_directory_is_opened_and_weighed(tmp_path):
     model.save_pretrained(tmp_path / "m")
     found = hf_prune.measure(tmp_path / "m", shapes=())
     assert found["bytes"] == directory_bytes(tmp_path / "m") > model.num_parameters() * 4
+    assert 0 < found["load_seconds"] < 60
+    assert found["resident_bytes"] > 0
     assert found["parameters"] == model.num_parameters()
 
 
@@ -58,11 +60,11 @@ def test_models_are_measured_in_turn(monkeypatch):
     models = {"a": tiny.tiny_model("bert"), "b": tiny.tiny_model("bert"), "c": tiny.tiny_model("bert")}
     names = {id(model): name for name, model in models.items()}
 
-    def timed(model, inputs):
+    def timed(model, **inputs):
         order.append(names[id(model)])
         return {"a": 2.0, "b": 1.0, "c": 4.0}[order[-1]]
 
-    monkeypatch.setattr(measuring, "_timed", timed)
+    monkeypatch.setattr(measuring, "timed", timed)
     found = compare(models, shapes=SHAPES[:1], runs=5, warmup=1)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"]
@@ -70,10 +72,32 @@ def test_models_are_measured_in_turn(monkeypatch):
 
 
 def test_median_and_p90():
-    found = measuring._latency([i / 1000 for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 100)], 1, 8, 0.011)
+    found = measuring.entry("forward", [i / 1000 for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 100)], 2, 8, [0.011])
     assert found["median_ms"] == pytest.approx(5.5)
-    assert found["p90_ms"] == pytest.approx(100)
+    assert found["p90_ms"] == found["p99_ms"] == pytest.approx(100)
     assert found["speedup"] == pytest.approx(2.0)
+    assert found["tokens_per_second"] == pytest.approx(16 / 0.0055)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"], indirect=True)
+def test_what_generates_is_timed_token_by_token(family):
+    model = tiny.tiny_model(family)
+    found = measure(model, shapes=((2, 8),), runs=2, warmup=1, new_tokens=3)
+    assert [entry["what"] for entry in found["latency"]] == ["forward", "prefill", "decode"]
+    with torch.no_grad():
+        cache = model(**random_inputs(model, 1, 5), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found["kv_cache_bytes"] == held / 5
+
+
+def test_what_is_slower_is_said_with_the_reason():
+    model = tiny.tiny_model("bert", intermediate_size=1024 + 3)
+    at = {"what": "forward", "batch": 1, "length": 8}
+    fast, slow = ({**at, "speedup": speedup} for speedup in (1.2, 0.8))
+    assert measuring._notes([fast], hf_prune.describe(model), "cpu") == []
+    (note,) = measuring._notes([fast, slow], hf_prune.describe(model), "cpu")
+    assert "slower than the first model at forward 1 x 8" in note
+    assert "[1027] are not multiples of 32" in note
 
 
 def test_measuring_leaves_the_model_as_it_was():

@@ -299,7 +299,7 @@ def test_a_save_into_the_output_directory_keeps_the_checkpoints(tmp_path):
 def test_a_save_that_does_not_reload_is_not_left(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     run.train()
-    monkeypatch.setattr("hf_prune.trainer.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
+    monkeypatch.setattr("hf_prune.saving.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
     with pytest.raises(RuntimeError, match="other outputs"):
         run.save_model(str(tmp_path / "small"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

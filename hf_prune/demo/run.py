@@ -20,8 +20,12 @@ from .. import oneshot
 from ..allocate import SHAPES
 from ..checkpoint import save_pretrained
 from ..config import PruningConfig
+from ..files import write_text
+from ..report import corners
+from ..report.card import write_card, write_evaluation
 from ..report.engines import PLAIN, opened_by, opening_lines
-from ..report.measure import compare, directory_bytes
+from ..report.measure import compare
+from ..report.render import write
 from ..report.table import Row, console, count, markdown, rich_table
 from .finetune import finetuned
 from .real import minilm_path, reviews, tokenized
@@ -30,6 +34,8 @@ RELOAD = Path(__file__).with_name("reload.py")
 MAX_LENGTH = 64
 LATENCY_SHAPES = ((1, MAX_LENGTH), (32, MAX_LENGTH))
 NOT_PRUNED = "dense"
+CORNER = "uniform"  # the shapes that are also quantised
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,18 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
     """Everything the demo does. Returns what it writes to `out`/table.json."""
     screen = console()
     started = time.perf_counter()
-    screen.print("1/4 fine-tuned model: MiniLM-L6 on Rotten Tomatoes (stock Trainer, cached)")
+    screen.print("1/5 fine-tuned model: MiniLM-L6 on Rotten Tomatoes (stock Trainer, cached)")
     model, tokenizer, data = _model_and_data(cache, settings)
-    screen.print(f"2/4 cut to {settings.keep:.0%} of the MACs in three shapes, no training after the cut")
+    screen.print(f"2/5 cut to {settings.keep:.0%} of the MACs in three shapes, no training after the cut")
     models, seconds = _cut(model, tokenizer, data, out, settings)
-    screen.print("3/4 reload each in a process of its own and evaluate there")
+    screen.print("3/5 reload each in a process of its own and evaluate there")
     found = _reload(out, cache, list(models), data["validation"])
-    screen.print("4/4 measure latency, all four in turn")
-    measured = compare(models, shapes=LATENCY_SHAPES, sequence_length=MAX_LENGTH, runs=settings.latency_runs)
+    screen.print("4/5 measure latency, all four in turn")
+    saved = {name: out / name for name in models}
+    measured = compare(saved, shapes=LATENCY_SHAPES, sequence_length=MAX_LENGTH, runs=settings.latency_runs)
     table = {
         "models": {
-            name: {**found[name], **measured[name], "bytes": directory_bytes(out / name), "cut_seconds": seconds[name]}
+            name: {**found[name], **measured[name], "cut_seconds": seconds[name]}
             | {"opened_by": opened_by(out / name), "lines": opening_lines(out / name)}
             for name in models
         },
@@ -76,9 +83,14 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
         | {"python": sys.version.split()[0], "seconds": time.perf_counter() - started},
     }
     rows = _rows(table["models"])
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(rows) + "\n")
-    _show(screen, rows, table, out)
+    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / "table.md", markdown(rows) + "\n")
+    _show(screen, rows, table)
+    screen.print("5/5 INT8 too, with the engines that are installed")
+    corner = _corners(screen, models, data["validation"], tokenizer, settings)
+    _cards(out, found, measured, corner)
+    written = f"{out}/{{{','.join(models)}}}, {out}/table.json; cards: {out}/*/README.md"
+    screen.print(f"\nWritten: {written}\n{time.perf_counter() - started:.0f} s in all.", markup=False)
     return table
 
 
@@ -128,6 +140,51 @@ def _reload(out: Path, cache: Path, names: list[str], validation: Any) -> dict[s
     return found
 
 
+def _corners(
+    screen: Any, models: Mapping[str, Any], validation: Any, tokenizer: Any, settings: Settings
+) -> list[dict[str, Any]]:
+    """Pruning and INT8 together, with each engine that is installed; shown as they are found."""
+
+    def accuracy(call: Any) -> dict[str, float]:
+        right = 0
+        for row in tqdm(validation, desc="accuracy", leave=False):
+            inputs = tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+            right += int(call(**inputs).logits.argmax(-1) == row["label"])
+        return {"accuracy": right / len(validation)}
+
+    given: Any = {"shapes": LATENCY_SHAPES, "runs": settings.latency_runs}
+    found = []
+    for engine in corners.BUILDERS:
+        try:
+            result = corners.corners(models[NOT_PRUNED], models[CORNER], accuracy, engine=engine, **given)
+        except ImportError as error:
+            screen.print(f"{engine}: left out ({error})", markup=False)
+            continue
+        screen.print(rich_table(corners.corner_rows(result), title=f"Pruned ({CORNER}) and INT8, {engine}"))
+        screen.print(corners.corner_line(result), markup=False)
+        found.append(result)
+    return found
+
+
+def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], corner: list[dict[str, Any]]) -> None:
+    """A card for each pruned model, from JSON files written beside it."""
+    for name in SHAPES:
+        home = out / name
+        results = {"dense": found[NOT_PRUNED], "pruned": found[name]}
+        write_evaluation(
+            home,
+            {which: {"accuracy": result["accuracy"]} for which, result in results.items()},
+            dataset="Rotten Tomatoes",
+            split="validation",
+            rows=found[name]["rows"],
+            command="hf-prune demo",
+        )
+        write({NOT_PRUNED: measured[NOT_PRUNED], name: measured[name]}, home)
+        if corner and name == CORNER:
+            corners.write_corners(corner, home)
+        write_card(home, name=f"minilm-l6-rotten-tomatoes-{name}", base_model=BASE, license="apache-2.0")
+
+
 def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """The printed table: one row a figure, one column a model."""
     dense = models[NOT_PRUNED]
@@ -149,7 +206,7 @@ def _rows(models: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return [*rows, {"": "what opens it"} | {name: m["opened_by"].replace(" + ", " +\n") for name, m in models.items()}]
 
 
-def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], out: Path) -> None:
+def _show(screen: Any, rows: list[Row], table: Mapping[str, Any]) -> None:
     at = table["settings"]
     screen.print(rich_table(rows, title="MiniLM-L6 on Rotten Tomatoes, no training after the cut"))
     screen.print(
@@ -158,5 +215,3 @@ def _show(screen: Any, rows: list[Row], table: Mapping[str, Any], out: Path) -> 
     )
     for name, model in table["models"].items():
         screen.print(f"\n# {name}: {model['opened_by']}\n" + "\n".join(model["lines"]), markup=False, soft_wrap=True)
-    screen.print(f"\nWritten: {out}/{{{','.join(table['models'])}}} and {out}/table.json", markup=False)
-    screen.print(f"{at['seconds']:.0f} s in all.")

@@ -11,7 +11,6 @@ from ..config import PruningConfig
 from ..costs import CostModel, cost_model, dense_counts
 from ..layout import KEY
 from ..sites import Site
-from .engines import ENGINES
 from .table import Row, count
 
 STOCK_HEADS = {
@@ -104,7 +103,3 @@ def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[
             row[f"{metric} ({config.scope})"] = f"{least:.3f}"
         rows.append(row)
     return rows
-
-
-def engine_rows() -> list[Row]:
-    return [dict(zip(("engine", "stock result", "uniform or per_layer result"), row, strict=True)) for row in ENGINES]

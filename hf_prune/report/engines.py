@@ -4,29 +4,75 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import auto_classes
 from ..data import TASKS, WITHOUT_PIPELINE
+from ..export.gguf import ARCHITECTURES
 from ..layout import KEY
+from .table import Row
 
-NOT_RUN = "not run here"
-ENGINES: Sequence[tuple[str, str, str]] = (  # engine, stock checkpoint, uniform or per_layer checkpoint
-    ("transformers", "yes, without hf_prune", "after `import hf_prune`, or with trust_remote_code (--remote-code)"),
-    (
-        "vLLM, TGI, llama.cpp",
-        f"if the engine reads this stock family: config.json gives the sizes as usual; {NOT_RUN}",
-        f"not expected: they bring their own modelling code; {NOT_RUN}",
-    ),
-    (
-        "ONNX, OpenVINO",
-        f"transformers.exporters takes the loaded model; {NOT_RUN}",
-        f"transformers.exporters takes the loaded model; {NOT_RUN}",
-    ),
-)
+NOT_RUN = "not run in our tests"
 PLAIN = "plain transformers"
+CAUSAL = (*ARCHITECTURES, "phi3")
+GGUF = "`hf-prune export --to gguf`"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine takes: `stock` families as they are, and other shapes where `others` says how."""
+
+    name: str
+    stock: tuple[str, ...]  # model types that it brings code for; () is all
+    others: str = ""  # how it takes uniform and per_layer checkpoints; empty: it does not
+    how: str = ""  # by what it takes stock ones
+    is_run: bool = False  # in our tests
+    head: str = ""  # in the name of the classes that it takes
+    other_types: tuple[str, ...] = ()  # model types for which `others` holds; () is all
+
+
+BY_LAYER = tuple(name for name, row in ARCHITECTURES.items() if row.by_layer)
+ENGINES: Sequence[Engine] = (
+    Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
+    Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
+    Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, "ForCausalLM", BY_LAYER),
+    Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta")),
+    Engine("SGLang", (*CAUSAL, "gpt2", "bert")),
+    Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
+)
+
+
+def verdict(engine: Engine, model_type: str, is_stock: bool, class_name: str = "") -> str:
+    """Whether an engine opens a checkpoint of this family and form, and this class where that is known."""
+    if engine.stock and model_type not in engine.stock:
+        return f"no: it has no {model_type}"
+    if class_name and engine.head not in class_name:
+        return f"no: it has no {class_name}"
+    if is_stock:
+        said = f"yes, by {engine.how}" if engine.how else "yes"
+    elif engine.others and (not engine.other_types or model_type in engine.other_types):
+        said = engine.others
+    else:
+        return "no: its own code builds every layer alike; export to ONNX, or prune with shapes='stock'"
+    return said if engine.is_run else f"{said} ({NOT_RUN})"
+
+
+def engine_rows(model_type: str) -> list[Row]:
+    """What opens which result of a family."""
+    return [
+        {"engine": e.name, "stock": verdict(e, model_type, True), "other shapes": verdict(e, model_type, False)}
+        for e in ENGINES
+    ]
+
+
+def checkpoint_rows(directory: str | os.PathLike[str]) -> list[Row]:
+    """What opens this checkpoint."""
+    config = _config(directory)
+    about = (config["model_type"], opened_by(directory) == PLAIN, config["architectures"][0])
+    return [{"engine": e.name, "opens it": verdict(e, *about)} for e in ENGINES]
 
 
 def _config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,16 +86,28 @@ def opened_by(directory: str | os.PathLike[str]) -> str:
     return "transformers, trust_remote_code" if "auto_map" in config else "transformers + import hf_prune"
 
 
-def opening_lines(directory: str | os.PathLike[str]) -> list[str]:
-    """Python that opens a saved model."""
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The Auto class for the head that a checkpoint has."""
     import transformers
 
+    name = config["architectures"][0].removeprefix("Pruned")  # opened by remote code, and saved again
+    return auto_classes(getattr(transformers, name), config["model_type"])[0]
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """The Hub's name of what the model is for."""
+    auto = auto_class(config)
+    return next((task for task, name in TASKS.items() if name == auto), None)
+
+
+def opening_lines(directory: str | os.PathLike[str], name: str | None = None) -> list[str]:
+    """Python that opens a saved model, called `name` where it is opened."""
     config = _config(directory)
-    door = opened_by(directory)
-    auto = auto_classes(getattr(transformers, config["architectures"][0]), config["model_type"])[0]
-    task = next((task for task, name in TASKS.items() if name == auto and task not in WITHOUT_PIPELINE), None)
+    door, auto, task = opened_by(directory), auto_class(config), task_of(config)
+    task = None if task in WITHOUT_PIPELINE else task
     option = ", trust_remote_code=True" if door.endswith("trust_remote_code") else ""
+    name = name or str(directory)
     lines = ["import hf_prune"] if door.endswith("hf_prune") else []
     lines.append(f"from transformers import {auto}{', pipeline' if task else ''}")
-    lines.append(f'model = {auto}.from_pretrained("{directory}"{option})')
-    return [*lines, f'pipe = pipeline("{task}", "{directory}"{option})'] if task else lines
+    lines.append(f'model = {auto}.from_pretrained("{name}"{option})')
+    return [*lines, f'pipe = pipeline("{task}", "{name}"{option})'] if task else lines

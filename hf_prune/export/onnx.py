@@ -1,0 +1,146 @@
+"""A model as an ONNX graph for ONNX Runtime, in any shapes, in its own precision or with INT8 weights.
+
+transformers' own exporter does the work: one graph for a classifier or an encoder; for a model that generates, one for
+the prompt and one for each token after it, with the cache. Nothing stays under the final name that ONNX Runtime does
+not reproduce.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..anatomy import quiet
+from ..checkpoint import beside, proof_inputs, refuse_full
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-3  # of the largest output; INT8 is reported, not judged
+INSTALL = "pip install 'hf-prune[onnx]'"
+
+
+def to_onnx(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    *,
+    int8: bool = False,
+    processing_class: Any = None,
+    overwrite: bool = False,
+) -> float:
+    """Write `model.onnx` (of a language model one graph for the prompt, one for the tokens after it) and prove it.
+
+    Args:
+        batches: inputs to compare on; default: rows kept by prune(), else random tokens.
+        int8: weights and embeddings in INT8, activations quantised as they come (dynamic).
+        processing_class: tokenizer or processor, saved alongside.
+        overwrite: replace a directory that is not empty.
+
+    Returns:
+        The largest difference between ONNX Runtime's and torch's output, relative to the largest output.
+
+    Raises:
+        ValueError: an encoder-decoder. FileExistsError: the directory is not empty. ImportError: a package is missing.
+        RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
+    """
+    target = Path(directory)
+    refuse_full(target, overwrite)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"ONNX: an encoder-decoder ({model.config.model_type}) is not exported; encoders and decoders are."
+        )
+    exporter, config = _exporter(int8)
+    inputs = graph_inputs(model, proof_inputs(model, batches))
+    with quiet(model), torch.no_grad(), _silent():
+        if model.can_generate():
+            exported = exporter.export_for_generation(model, inputs, config)
+        else:
+            exported = exporter.export(model, inputs, config)
+        with beside(target) as temporary:
+            exported.save_pretrained(temporary)
+            if processing_class is not None:
+                processing_class.save_pretrained(temporary)
+            difference = _difference(model, temporary, inputs)
+            if not int8 and not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"ONNX Runtime's outputs differ from torch's by {difference:.2e} of the largest (allowed "
+                    f"{TOLERANCE:.0e}). Nothing was saved."
+                )
+    return difference
+
+
+def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With token_type_ids where the model tells kinds of tokens apart, as its tokenizer gives them."""
+    if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in inputs:
+        return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    return dict(inputs)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter's steps, and what it says of its own parts, mean nothing to users; errors pass."""
+    disabled = logging.root.manager.disable
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _exporter(int8: bool) -> tuple[Any, Any]:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        from onnxruntime.quantization import QuantType
+        from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX export needs onnx, onnxscript, onnxruntime and transformers >= 5.23: {INSTALL}"
+        ) from error
+    quantizer = None
+    if int8:
+        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8))
+    return OnnxExporter(), OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=quantizer)
+
+
+def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float:
+    """Of the outputs, and where the model generates, of the token after the prompt too. inputs: of the torch model."""
+    from transformers.exporters import ExportedModel
+
+    exported: Any = ExportedModel.from_pretrained(directory)
+    if not model.can_generate():
+        return _apart(model(**inputs).to_tuple()[0], exported(**inputs).to_tuple()[0])
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    ours, theirs = model(**prompt, use_cache=True), _step(exported.runners["prefill"], prompt, {})
+    worst = _apart(ours.logits, theirs.logits)
+    token = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], -1)}
+    cached = {"past_key_values": theirs.past_key_values}
+    after = model(**token, past_key_values=ours.past_key_values)
+    return max(worst, _apart(after.logits, _step(exported.runners["decode"], token, cached).logits))
+
+
+def _step(runner: Any, inputs: Mapping[str, torch.Tensor], cached: Mapping[str, Any]) -> Any:
+    """One graph of a language model, told the positions where it asks for them."""
+    if "position_ids" in runner.metadata.kwargs:
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        inputs = {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
+    return runner(**inputs, **cached)
+
+
+def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    a, b = ours.float().cpu(), theirs.float().cpu()
+    return ((a - b).abs().max() / a.abs().max().clamp_min(1.0)).item()

@@ -1,0 +1,55 @@
+"""What opens a checkpoint is read off its config, and what no test runs says so."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import pytest
+from tiny import tiny_batch, tiny_model
+
+from hf_prune import PruningConfig, prune, save_pretrained
+from hf_prune.families import FAMILIES
+from hf_prune.report.engines import ENGINES, NOT_RUN, checkpoint_rows, engine_rows, verdict
+
+
+def saved(tmp_path, family, class_name, shapes, keep=0.8):
+    model = tiny_model(family, class_name)
+    given = {"keep": keep, "shapes": shapes, "align": 4, "calibration_samples": 64, "sequence_length": 12}
+    prune(model, [tiny_batch(model, 64)], PruningConfig(**given))
+    save_pretrained(model, tmp_path / "m")
+    return {row["engine"]: row["opens it"] for row in checkpoint_rows(tmp_path / "m")}
+
+
+def test_a_stock_llama_opens_in_every_engine_of_language_models(tmp_path):
+    found = saved(tmp_path, "llama", "LlamaForCausalLM", "stock")
+    assert found["transformers"] == "yes"
+    for engine in ("vLLM", "SGLang"):
+        assert found[engine] == f"yes ({NOT_RUN})"
+    assert "hf-prune export --to gguf" in found["llama.cpp"]
+    assert found["TEI"] == "no: it has no llama"
+
+
+def test_a_bert_with_fewer_heads_goes_through_onnx(tmp_path):
+    found = saved(tmp_path, "bert", "BertForSequenceClassification", "uniform", keep=0.5)
+    assert "import hf_prune" in found["transformers"]
+    assert "export --to onnx" in found["ONNX Runtime"]
+    assert found["TEI"].startswith("no: its own code builds every layer alike; export to ONNX")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_has_its_rows(family):
+    rows = engine_rows(family)
+    assert [row["engine"] for row in rows] == [engine.name for engine in ENGINES]
+    assert all(row["stock"] and row["other shapes"] for row in rows)
+
+
+def test_what_is_not_run_says_so():
+    for engine in ENGINES:
+        known = engine.stock[0] if engine.stock else "bert"
+        assert verdict(engine, known, True).endswith(f"({NOT_RUN})") == (not engine.is_run)
+
+
+def test_vllm_finds_the_loader():
+    (found,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "hf_prune")
+    assert found.value == "hf_prune.checkpoint:install_loader"
+    assert callable(found.load())

@@ -1,0 +1,76 @@
+"""ONNX graphs of every shape, run by ONNX Runtime beside torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+
+from hf_prune import PruningConfig, prune
+
+pytest.importorskip("onnxruntime", reason="needs hf-prune[onnx]")
+pytest.importorskip("onnxscript", reason="needs hf-prune[onnx]")
+
+from hf_prune.export.onnx import to_onnx
+
+CONFIG = {"align": 4, "calibration_samples": 16, "sequence_length": 12}
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter and what it calls
+
+
+def small(family, class_name, shapes):
+    model = tiny_model(family, class_name)
+    prune(model, [tiny_batch(model, 16)], PruningConfig(keep=0.6, shapes=shapes, **CONFIG))
+    return model
+
+
+@pytest.mark.parametrize("shapes", ["uniform", "per_layer"])
+@pytest.mark.parametrize(
+    ("family", "class_name"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("bert", "BertForTokenClassification"),
+        ("bert", "BertModel"),
+        ("distilbert", "DistilBertForSequenceClassification"),
+    ],
+)
+def test_encoders(tmp_path, family, class_name, shapes):
+    assert to_onnx(small(family, class_name, shapes), tmp_path / "onnx") <= 1e-3
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+
+
+def test_int8_is_smaller(tmp_path):
+    model = small("bert", "BertForSequenceClassification", "per_layer")
+    to_onnx(model, tmp_path / "fp32")
+    to_onnx(model, tmp_path / "int8", int8=True)
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("fp32", "int8")]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name"),
+    [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("qwen2", "Qwen2ForCausalLM")],
+)
+def test_decoders_with_their_cache(tmp_path, family, class_name):
+    from transformers.exporters import ExportedModel
+
+    model = small(family, class_name, "per_layer").eval()
+    assert to_onnx(model, tmp_path / "onnx") <= 1e-3
+    exported = ExportedModel.from_pretrained(tmp_path / "onnx")
+    ids = torch.arange(8, 16)[None]
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 8:].tolist()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8)[None]}
+    output = exported.runners["prefill"](**given)
+    found = []
+    for length in range(9, 15):
+        found.append(int(output.logits[0, -1].argmax()))
+        mask = torch.ones(1, length, dtype=torch.long)
+        positions = torch.tensor([[length - 1]])
+        given = {"input_ids": torch.tensor([found[-1:]]), "attention_mask": mask, "position_ids": positions}
+        output = exported.runners["decode"](**given, past_key_values=output.past_key_values)
+    assert found == expected
+
+
+def test_a_full_directory_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("here")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        to_onnx(tiny_model("bert"), tmp_path)
