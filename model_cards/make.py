@@ -2,7 +2,8 @@
 
     python model_cards/make.py [NAME ...] [--out .cache/cards]
 
-The weights stay under --out; the card, its pictures and the JSON files that its numbers come from are copied here.
+The weights stay under --out, and are not made again where they are; the card, its pictures and the JSON files that its
+numbers come from are copied here.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(recipe: dict[str, Any], cache: Path, out: Path) -> None:
+def pruned(recipe: dict[str, Any], cache: Path, dense: Path, home: Path) -> None:
+    """Both models and what they are worth, in the directories; nothing where that is done."""
+    if (home / EVALUATION).is_file():
+        return
     at = MODELS[recipe["model"]]
     task: Task = at["task"](cache)
-    dense, home = out / recipe["model"], out / recipe["name"]
     if not dense.is_dir():
         save_pretrained(task.model, dense, processing_class=task.tokenizer)
     before = task.evaluate(task.model)
@@ -68,6 +71,12 @@ def make(recipe: dict[str, Any], cache: Path, out: Path) -> None:
     }
     command = f"python model_cards/make.py {recipe['name']}"
     write_evaluation(home, results, rows=at["rows"](after), command=command, **at["data"])
+
+
+def make(recipe: dict[str, Any], cache: Path, out: Path) -> None:
+    at = MODELS[recipe["model"]]
+    dense, home = out / recipe["model"], out / recipe["name"]
+    pruned(recipe, cache, dense, home)
     length = recipe["pruning"]["sequence_length"]
     write(compare({"dense": dense, "pruned": home}, shapes=at["shapes"], sequence_length=length, new_tokens=16), home)
     write_card(home, name=recipe["name"], base_model=at["base_model"], license="apache-2.0", note=at["note"])
