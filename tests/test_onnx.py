@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
@@ -11,6 +13,11 @@ from hf_prune import PruningConfig, prune
 pytest.importorskip("onnxruntime", reason="needs hf-prune[onnx]")
 pytest.importorskip("onnxscript", reason="needs hf-prune[onnx]")
 
+import onnx
+from transformers.exporters import ExportQuantizer
+
+from hf_prune.export import onnx as onnx_export
+from hf_prune.export.kernels import CpuKernels
 from hf_prune.export.onnx import to_onnx
 
 CONFIG = {"align": 4, "calibration_samples": 16, "sequence_length": 12}
@@ -31,9 +38,14 @@ def small(family, class_name, shapes):
         ("bert", "BertForTokenClassification"),
         ("bert", "BertModel"),
         ("distilbert", "DistilBertForSequenceClassification"),
+        ("roberta", "RobertaForSequenceClassification"),
+        ("electra", "ElectraForQuestionAnswering"),
+        ("vit", "ViTForImageClassification"),
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("llama", "LlamaForSequenceClassification"),
     ],
 )
-def test_encoders(tmp_path, family, class_name, shapes):
+def test_one_graph(tmp_path, family, class_name, shapes):
     assert to_onnx(small(family, class_name, shapes), tmp_path / "onnx") <= 1e-3
     assert (tmp_path / "onnx" / "model.onnx").is_file()
 
@@ -44,6 +56,43 @@ def test_int8_is_smaller(tmp_path):
     to_onnx(model, tmp_path / "int8", int8=True)
     sizes = [sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("fp32", "int8")]
     assert sizes[1] < sizes[0]
+
+
+def operators(directory):
+    return [node.op_type for node in onnx.load(directory / "model.onnx", load_external_data=False).graph.node]
+
+
+def test_int8_reaches_every_projection(tmp_path):
+    model = small("bert", "BertForSequenceClassification", "per_layer")
+    to_onnx(model, tmp_path, int8=True)
+    names = operators(tmp_path)
+    assert names.count("MatMulInteger") == 4 * model.config.num_hidden_layers + 2  # q, k, v in one; pooler, classifier
+    assert not {"Attention", "MatMul", "Gemm"} & {*names}
+
+
+def test_residual_norms_are_taken_apart(tmp_path):
+    to_onnx(small("bert", "BertModel", "uniform"), tmp_path)
+    assert "SkipLayerNormalization" not in operators(tmp_path)
+
+
+def test_the_graph_names_no_place_on_this_machine(tmp_path):
+    to_onnx(small("bert", "BertModel", "uniform"), tmp_path)
+    assert str(Path(torch.__file__).parent.parent).encode() not in (tmp_path / "model.onnx").read_bytes()
+
+
+def test_attention_taken_apart_minds_the_mask(tmp_path, monkeypatch):
+    class Untouched(ExportQuantizer):
+        def quantize(self, model, sample_inputs, export_format):
+            return model
+
+    exporter, config = onnx_export._exporter(int8=False)
+    config.quantizer = CpuKernels(Untouched())
+    monkeypatch.setattr(onnx_export, "_exporter", lambda int8: (exporter, config))
+    model = small("bert", "BertForSequenceClassification", "per_layer")
+    batch = tiny_batch(model, 4)
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < torch.tensor([[12], [3], [7], [5]])).long()
+    assert to_onnx(model, tmp_path, [batch]) <= 1e-5
+    assert {"Attention", "MultiHeadAttention"} & {*operators(tmp_path)} == {"MultiHeadAttention"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import find_labels
 
 from ..anatomy import quiet
 from ..checkpoint import beside, proof_inputs, refuse_full
@@ -64,7 +65,8 @@ def to_onnx(
         if model.can_generate():
             exported = exporter.export_for_generation(model, inputs, config)
         else:
-            exported = exporter.export(model, inputs, config)
+            with _eager_attention(model):
+                exported = exporter.export(model, inputs, config)
         with beside(target) as temporary:
             exported.save_pretrained(temporary)
             if processing_class is not None:
@@ -79,10 +81,12 @@ def to_onnx(
 
 
 def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With token_type_ids where the model tells kinds of tokens apart, as its tokenizer gives them."""
-    if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in inputs:
-        return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
-    return dict(inputs)
+    """Without labels, and with token_type_ids where the model tells kinds of tokens apart, as its tokenizer does."""
+    labels = find_labels(type(model))
+    given = {name: tensor for name, tensor in inputs.items() if name not in labels}
+    if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in given:
+        given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    return given
 
 
 @contextlib.contextmanager
@@ -98,6 +102,18 @@ def _silent() -> Iterator[None]:
             logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """An encoder's attention as products and a softmax, which become one operator; sdpa clears keyless rows besides."""
+    before = model.config._attn_implementation
+    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def _exporter(int8: bool) -> tuple[Any, Any]:
     try:
         import onnx  # noqa: F401
@@ -109,9 +125,10 @@ def _exporter(int8: bool) -> tuple[Any, Any]:
         raise ImportError(
             f"ONNX export needs onnx, onnxscript, onnxruntime and transformers >= 5.23: {INSTALL}"
         ) from error
-    quantizer = None
-    if int8:
-        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8))
+    from .kernels import CpuKernels
+
+    dynamic = OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8)
+    quantizer = CpuKernels(OnnxRuntimeQuantizer(dynamic) if int8 else None)
     return OnnxExporter(), OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=quantizer)
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,16 @@ NAMES = ("dense", "dense INT8", "pruned", "pruned INT8")
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
 Forward = Callable[..., Any]  # (**inputs) -> an output with logits
 Evaluate = Callable[[Forward], Mapping[str, float]]
-Made = dict[str, tuple[Forward, Path]]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One of the four in its engine: its files, called as the model is, and what a server repeats on given inputs."""
+
+    path: Path
+    forward: Forward
+    served: Callable[[Mapping[str, torch.Tensor]], Call]
 
 
 def corners(
@@ -54,12 +64,18 @@ def corners(
     with tempfile.TemporaryDirectory() as scratch, quiet(dense), quiet(pruned):
         made, device = BUILDERS[engine](dense, pruned, Path(scratch))
         models: dict[str, Any] = {
-            name: {"bytes": directory_bytes(path), "metrics": dict(evaluate(call)) if evaluate else {}, "latency": []}
-            for name, (call, path) in made.items()
+            name: {
+                "bytes": directory_bytes(opened.path),
+                "metrics": dict(evaluate(opened.forward)) if evaluate else {},
+                "latency": [],
+            }
+            for name, opened in made.items()
         }
         for batch, length in shapes:
             inputs = graph_inputs(dense, random_inputs(dense, batch, length))
-            clocks: dict[str, Clock] = {name: partial(_run, call, inputs, device) for name, (call, _) in made.items()}
+            clocks: dict[str, Clock] = {
+                name: partial(_run, opened.served(inputs), device) for name, opened in made.items()
+            }
             times = interleaved(clocks, runs, 3, f"{engine}, {batch} x {length}")
             for name, found in times.items():
                 at = entry("forward", found["forward"], batch, length, times["dense"]["forward"])
@@ -73,11 +89,11 @@ def corners(
     }
 
 
-def _run(call: Forward, inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    call(**inputs)  # wakes its threads and caches after the other engines' turns, as a busy server's are
+def _run(call: Call, device: torch.device) -> dict[str, float]:
+    call()  # wakes its threads and caches after the others' turns, as a busy server's are
     synchronize(device)
     started = time.perf_counter()
-    call(**inputs)
+    call()
     synchronize(device)
     return {"forward": time.perf_counter() - started}
 
@@ -89,39 +105,47 @@ def instructions() -> str:
     return next((name for name in INSTRUCTIONS if name in flags), "none known")
 
 
-# --- engines: the four as callables, each with the directory that it was opened from -------------------------------
+# --- engines: the four by name, and the device that they run on ------------------------------------------------------
 
 
-def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[Made, torch.device]:
+def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Opened], torch.device]:
     import onnxruntime
     from transformers.exporters import ExportedModel
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # four sessions wait in turn on the same cores
-    made: Made = {}
+    made: dict[str, Opened] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         to_onnx(model, home / name, int8=int8)
-        exported = ExportedModel.from_pretrained(home / name).to("cpu", session_options=options)
-        made[name] = (exported, home / name)
+        exported: Any = ExportedModel.from_pretrained(home / name).to("cpu", session_options=options)
+        session = next(iter(exported.runners.values())).session
+        made[name] = Opened(home / name, exported, partial(_session_run, session))
     return made, torch.device("cpu")
 
 
-def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[Made, torch.device]:
+def _session_run(session: Any, inputs: Mapping[str, torch.Tensor]) -> Call:
+    """ONNX Runtime alone: transformers' wrapper takes half a millisecond more a call."""
+    return partial(session.run, None, {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()})
+
+
+def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Opened], torch.device]:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     except ImportError as error:
         raise ImportError("torchao is missing: pip install 'hf-prune[torchao]'") from error
     from transformers import TorchAoConfig
 
-    made: Made = {}
+    made: dict[str, Opened] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         model.save_pretrained(home / name)
         config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()) if int8 else None
         opened: Any = type(model).from_pretrained(home / name, quantization_config=config)
         if int8:
             opened.save_pretrained(home / f"{name} saved")
-        made[name] = (_inferring(opened.to(model.device).eval()), home / (f"{name} saved" if int8 else name))
+        forward = _inferring(opened.to(model.device).eval())
+        path = home / (f"{name} saved" if int8 else name)
+        made[name] = Opened(path, forward, partial(_bound, forward))
     return made, dense.device
 
 
@@ -131,6 +155,10 @@ def _inferring(model: PreTrainedModel) -> Forward:
             return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
 
     return call
+
+
+def _bound(forward: Forward, inputs: Mapping[str, torch.Tensor]) -> Call:
+    return partial(forward, **inputs)
 
 
 def _four(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, tuple[PreTrainedModel, bool]]:
