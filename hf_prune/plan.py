@@ -153,7 +153,10 @@ class PruningPlan:
         return cls(data["model_type"], sites, data.get("config", {}), data.get("cost", {}))
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+        """With a line for each site."""
+        rest = self.to_dict()
+        sites = ",\n".join(f"  {json.dumps(site)}" for site in rest.pop("sites"))
+        return f'{json.dumps(rest, indent=1)[:-2]},\n "sites": [\n{sites}\n ]\n}}'
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:

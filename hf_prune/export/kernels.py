@@ -83,8 +83,10 @@ def projected_attention(tape: ir.tape.Tape, node: ir.Node) -> Parts:
     return {0: tape.op("MultiHeadAttention", inputs, attributes, domain="com.microsoft")}
 
 
-def _constant(value: ir.Value) -> np.ndarray | None:
+def _constant(value: ir.Value | None) -> np.ndarray | None:
     """What is known before the graph runs, of a Concat too."""
+    if value is None:
+        return None
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
