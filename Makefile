@@ -14,7 +14,7 @@ else
   CONSTRAINTS = -c constraints.txt
 endif
 
-.PHONY: demo test test-slow test-gpu test-llama-cpp check install texts benchmark cards clean
+.PHONY: demo test test-slow test-gpu test-torchao test-llama-cpp check install texts benchmark cards clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -27,6 +27,10 @@ test-slow: install
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
+
+test-torchao: install
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[torchao]'
+	$(BIN)/pytest tests/test_card.py -k torchao
 
 # SmolLM2, dense and cut to 80%, in a llama.cpp that is built here: ten minutes on two cores, and ten more for the cut
 test-llama-cpp: install texts

@@ -176,10 +176,17 @@ def test_without_measurements_it_says_so(small):
 
 
 @ONE
-@pytest.mark.filterwarnings("ignore")  # of the ONNX exporter
-def test_int8_is_shown_where_it_was_measured(small):
-    pytest.importorskip("onnxruntime", reason="needs hf-prune[onnx]")
-    pytest.importorskip("onnxscript", reason="needs hf-prune[onnx]")
+@pytest.mark.filterwarnings("ignore")  # of the ONNX exporter and torchao
+@pytest.mark.parametrize(
+    ("engine", "packages", "reason"),
+    [
+        ("onnxruntime", ["onnxruntime", "onnxscript"], "needs hf-prune[onnx]"),
+        ("torchao", ["torchao"], "needs hf-prune[torchao]: make test-torchao"),
+    ],
+)
+def test_int8_is_shown_where_it_was_measured(small, engine, packages, reason):
+    for package in packages:
+        pytest.importorskip(package, reason=reason)
     models = [AutoModelForSequenceClassification.from_pretrained(small.parent / name) for name in ("dense", "small")]
 
     def quality(call):
@@ -189,7 +196,7 @@ def test_int8_is_shown_where_it_was_measured(small):
         assert logits.shape == (2, 2)
         return {"accuracy": float(logits[0].softmax(-1)[0])}
 
-    found = corners(*models, quality, shapes=((1, 8),), runs=2)
+    found = corners(*models, quality, engine=engine, shapes=((1, 8),), runs=2)
     sizes = {name: model["bytes"] for name, model in found["models"].items()}
     assert sizes["pruned INT8"] < sizes["dense INT8"] < sizes["dense"]
     assert sizes["pruned INT8"] < sizes["pruned"]
