@@ -12,6 +12,7 @@ import inspect
 import itertools
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,12 @@ class PruningMixin(SavingMixin):
         """
         if self.pruning is not None:
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
+            if self._run is not None and self.model_init is None and not resume_from_checkpoint:
+                warnings.warn(
+                    f"train() again cuts the model, which it has cut, to {self.pruning.keep} of what it is now. To "
+                    "train it as it is, make a trainer without pruning=; to cut the dense one anew, give model_init=.",
+                    stacklevel=2,
+                )
             self._run = self._boundary = self.round = None
             self.results = []
             self._evaluated = {when: found for when, found in self._evaluated.items() if when == DENSE}

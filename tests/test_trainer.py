@@ -373,6 +373,13 @@ def test_nothing_to_resume_from_starts_anew(tmp_path):
         assert trainer(tmp_path).train(resume_from_checkpoint=True).global_step == 16
 
 
+def test_train_again_says_that_it_cuts_again(tmp_path):
+    run = trainer(tmp_path, args={"max_steps": 2})
+    run.train()
+    with pytest.warns(UserWarning, match="again cuts the model, which it has cut, to 0.6"):
+        run.train()
+
+
 def test_resume_with_another_config(tmp_path):
     trainer(tmp_path, args=STEPS).train()
     run = trainer(tmp_path, args=STEPS, pruning={"keep": 0.7})
