@@ -27,19 +27,26 @@ if TYPE_CHECKING:
 
 CORNERS_FILE = "corners.json"
 NAMES = ("dense", "dense INT8", "pruned", "pruned INT8")
+AWAKE = 0.05  # seconds
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
 Forward = Callable[..., Any]  # (**inputs) -> an output with logits
 Evaluate = Callable[[Forward], Mapping[str, float]]
 Call = Callable[[], Any]
+Serve = Callable[[Mapping[str, torch.Tensor]], Call]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """One of the four in its engine: its files, called as the model is, and what a server repeats on given inputs."""
+class Corner:
+    """One of the four in its engine: its files; opened, to be called as the model is; and opened for given inputs."""
 
     path: Path
-    forward: Forward
-    served: Callable[[Mapping[str, torch.Tensor]], Call]
+    open: Callable[[], Forward]
+    serve: Serve
+
+    @classmethod
+    def held(cls, path: Path, forward: Forward) -> Corner:
+        """Of a model that stays open."""
+        return cls(path, lambda: forward, lambda inputs: partial(forward, **inputs))
 
 
 def corners(
@@ -51,7 +58,7 @@ def corners(
     shapes: Sequence[tuple[int, int]] = ((1, 64), (32, 64)),
     runs: int = 30,
 ) -> dict[str, Any]:
-    """Quality, bytes on disk and latency of the four, run in turn.
+    """Quality, bytes on disk and latency of the four, run in turn, one open at a time.
 
     Args:
         evaluate: metrics of a callable that is called as the model is.
@@ -65,16 +72,16 @@ def corners(
         made, device = BUILDERS[engine](dense, pruned, Path(scratch))
         models: dict[str, Any] = {
             name: {
-                "bytes": directory_bytes(opened.path),
-                "metrics": dict(evaluate(opened.forward)) if evaluate else {},
+                "bytes": directory_bytes(corner.path),
+                "metrics": dict(evaluate(corner.open())) if evaluate else {},
                 "latency": [],
             }
-            for name, opened in made.items()
+            for name, corner in made.items()
         }
         for batch, length in shapes:
             inputs = graph_inputs(dense, random_inputs(dense, batch, length))
             clocks: dict[str, Clock] = {
-                name: partial(_run, opened.served(inputs), device) for name, opened in made.items()
+                name: partial(_run, corner.serve, inputs, device) for name, corner in made.items()
             }
             times = interleaved(clocks, runs, 3, f"{engine}, {batch} x {length}")
             for name, found in times.items():
@@ -89,9 +96,13 @@ def corners(
     }
 
 
-def _run(call: Call, device: torch.device) -> dict[str, float]:
-    call()  # wakes its threads and caches after the others' turns, as a busy server's are
-    synchronize(device)
+def _run(serve: Serve, inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """One timed call, as by a server that holds this model alone and is awake."""
+    call = serve(inputs)
+    begun = time.perf_counter()
+    while time.perf_counter() < begun + AWAKE:
+        call()
+        synchronize(device)
     started = time.perf_counter()
     call()
     synchronize(device)
@@ -108,35 +119,34 @@ def instructions() -> str:
 # --- engines: the four by name, and the device that they run on ------------------------------------------------------
 
 
-def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Opened], torch.device]:
+def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Corner], torch.device]:
     import onnxruntime
     from transformers.exporters import ExportedModel
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # four sessions wait in turn on the same cores
-    made: dict[str, Opened] = {}
+
+    def serve(path: Path, inputs: Mapping[str, torch.Tensor]) -> Call:  # the wrapper takes half a millisecond a call
+        session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+        return partial(session.run, None, {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()})
+
+    made: dict[str, Corner] = {}
     for name, (model, int8) in _four(dense, pruned).items():
-        to_onnx(model, home / name, int8=int8)
-        exported: Any = ExportedModel.from_pretrained(home / name).to("cpu", session_options=options)
-        session = next(iter(exported.runners.values())).session
-        made[name] = Opened(home / name, exported, partial(_session_run, session))
+        path = home / name
+        to_onnx(model, path, int8=int8)
+        exported = partial(ExportedModel.from_pretrained, path, device="cpu", session_options=options)
+        made[name] = Corner(path, exported, partial(serve, path))
     return made, torch.device("cpu")
 
 
-def _session_run(session: Any, inputs: Mapping[str, torch.Tensor]) -> Call:
-    """ONNX Runtime alone: transformers' wrapper takes half a millisecond more a call."""
-    return partial(session.run, None, {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()})
-
-
-def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Opened], torch.device]:
+def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Corner], torch.device]:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     except ImportError as error:
         raise ImportError("torchao is missing: pip install 'hf-prune[torchao]'") from error
     from transformers import TorchAoConfig
 
-    made: dict[str, Opened] = {}
+    made: dict[str, Corner] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         model.save_pretrained(home / name)
         config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()) if int8 else None
@@ -145,7 +155,7 @@ def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tup
             opened.save_pretrained(home / f"{name} saved")
         forward = _inferring(opened.to(model.device).eval())
         path = home / (f"{name} saved" if int8 else name)
-        made[name] = Opened(path, forward, partial(_bound, forward))
+        made[name] = Corner.held(path, forward)
     return made, dense.device
 
 
@@ -155,10 +165,6 @@ def _inferring(model: PreTrainedModel) -> Forward:
             return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
 
     return call
-
-
-def _bound(forward: Forward, inputs: Mapping[str, torch.Tensor]) -> Call:
-    return partial(forward, **inputs)
 
 
 def _four(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, tuple[PreTrainedModel, bool]]:
