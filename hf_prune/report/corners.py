@@ -58,7 +58,7 @@ def corners(
     shapes: Sequence[tuple[int, int]] = ((1, 64), (32, 64)),
     runs: int = 30,
 ) -> dict[str, Any]:
-    """Quality, bytes on disk and latency of the four, run in turn, one open at a time.
+    """Quality, bytes on disk and latency of the four, run in turn; in ONNX Runtime one is open at a time.
 
     Args:
         evaluate: metrics of a callable that is called as the model is.
