@@ -1,6 +1,6 @@
 """hf_prune: make a transformers checkpoint truly smaller and faster, repair it, and save it so that it reloads.
 
-Importing the package teaches transformers to open pruned checkpoints (see `hf_prune.checkpoint.install_loader`).
+Importing the package teaches transformers to open pruned checkpoints (see `hf_prune.checkpoint.loader`).
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import install_loader
+from .checkpoint.loader import install_loader
 
 if TYPE_CHECKING:
     from .anatomy import describe
     from .callbacks import PruningCallback
-    from .checkpoint import save_pretrained
+    from .checkpoint.proof import verify
+    from .checkpoint.save import save_pretrained
     from .config import DistillationConfig, PruningConfig
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
@@ -34,6 +35,7 @@ __all__ = [
     "measure",
     "prune",
     "save_pretrained",
+    "verify",
 ]
 
 _HOME = {
@@ -49,7 +51,8 @@ _HOME = {
     "describe": "anatomy",
     "measure": "report.measure",
     "prune": "oneshot",
-    "save_pretrained": "checkpoint",
+    "save_pretrained": "checkpoint.save",
+    "verify": "checkpoint.proof",
 }
 
 install_loader()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
+import warnings
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import PROOF_FILE, fingerprints
-from .oneshot import PLAN_FILE
+from .checkpoint.history import PLAN_FILE
+from .checkpoint.proof import PROOF_FILE, proven, verify
 from .report.card import write_card
 
 TRIES = 3  # of a commit, where the network fails; what was uploaded before is not sent again
-NOT_PUSHED = ("checkpoint-*/*", "runs/*", ".*")  # what a Trainer leaves in its output_dir: nobody proved that
+CARD = (  # goes with what was proven: the card and what its figures are read from
+    "README.md", "pictures/*.png", "evaluation.json", "measurements.json", "measurements.md", "measurements.png",
+    "corners.json", "LICENSE*", PROOF_FILE,
+)  # fmt: skip
+SHOWN = 8  # names of what stays here
 WAIT = 2.0  # seconds before the second try, doubled for each that follows
 
 
@@ -26,9 +32,10 @@ def push(
     token: str | None = None,
     message: str = "Upload a pruned model",
 ) -> str:
-    """Commit a directory to a repository of the Hub, in one commit: all of it or nothing.
+    """Commit a checkpoint to a repository of the Hub, in one commit: all of it or nothing.
 
-    A Trainer's checkpoints and logs in it stay here. A pruned model without a README.md gets its card.
+    What the save proved goes there, with the card and what its figures come from; all else stays here, and a warning
+    names it. A pruned model without a README.md gets its card.
 
     Args:
         repo: owner/name; created if it is not there.
@@ -40,13 +47,14 @@ def push(
         The address of the commit.
 
     Raises:
-        ValueError: a directory that was not proven to reload, or that changed since.
+        ValueError: a directory that was not proven to reload, that changed since, or with links that lead out of it.
         PermissionError: no token, or one that may not write there. ConnectionError: the Hub cannot be reached.
     """
     directory = Path(directory)
-    _check_unchanged(directory)
+    verify(directory)
     if (directory / PLAN_FILE).is_file() and not (directory / "README.md").is_file():
         write_card(directory, name=repo)
+    sent = _sent(directory)
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -54,20 +62,32 @@ def push(
     if revision:
         _asked(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     given: dict[str, Any] = {"repo_id": repo, "folder_path": directory, "revision": revision, "commit_message": message}
-    given["ignore_patterns"] = list(NOT_PUSHED)
+    given["allow_patterns"] = [escape(name) for name in sent]
     return str(_asked(repo, lambda: api.upload_folder(**given)).commit_url)
 
 
-def _check_unchanged(directory: Path) -> None:
-    if not (directory / PROOF_FILE).is_file():
-        raise ValueError(f"{directory} was never proven to reload: save the model with hf_prune.save_pretrained.")
-    proven, found = json.loads((directory / PROOF_FILE).read_text())["files"], fingerprints(directory)
-    changed = sorted(name for name in {*proven, *found} if proven.get(name) != found.get(name))
-    if changed:
-        raise ValueError(
-            f"{directory} is not what was proven to reload: {', '.join(changed)} changed since. Save the model again "
-            "with hf_prune.save_pretrained."
+def _sent(directory: Path) -> list[str]:
+    """Paths of what is pushed; warns of what is not."""
+    files, known = [path for path in sorted(directory.rglob("*")) if path.is_file()], proven(directory)
+    names = [path.relative_to(directory).as_posix() for path in files]
+    sent = [name for name in names if name in known or _is_card(name)]
+    home = directory.resolve()
+    out = [name for name in sent if not (directory / name).resolve().is_relative_to(home)]
+    if out:
+        raise ValueError(f"{', '.join(out)}: links that lead out of {directory}. Put the files there, and push again.")
+    left = sorted({name.split("/")[0] for name in {*names} - {*sent}})
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        warnings.warn(
+            f"Not pushed, as no save proved it: {', '.join(left[:SHOWN])}{more}. What belongs to the model is written "
+            "by save_pretrained(..., processing_class=...).",
+            stacklevel=3,
         )
+    return sent
+
+
+def _is_card(name: str) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in CARD)
 
 
 def _asked(repo: str, request: Any) -> Any:

@@ -6,7 +6,6 @@ Shapes: B examples, T tokens, n tokens of a batch, K input columns of a consumer
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,24 +22,24 @@ from .allocate import SHAPES, allocate, choose_units, default_align, reachable, 
 from .anatomy import Anatomy, describe, quiet
 from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import ALONE, Ranks, statistics
+from .checkpoint.history import PROOF_ROWS, Record, pack, record_of
+from .checkpoint.layout import KEY, configs_of, write_
 from .config import PruningConfig
-from .files import write_text
+from .costs import dense_counts, planned_counts
+from .costs import report as cost_report
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
-from .layout import KEY, write_
 from .losses import has_loss, predicts_tokens
 from .plan import PruningPlan, SiteKey
 from .sequential import StackRepair
 from .sites import Site
-from .surgery import cut_
+from .surgery import cut_, kept_columns
+from .undo import undone_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN_FILE = "pruning_plan.json"
-REPORT_FILE = "pruning_report.json"
 QUANTILES = 33  # of the scores of a site, in its report
-PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
 
 
 @dataclass
@@ -51,28 +50,6 @@ class PruneResult:
     plan: PruningPlan
     scores: dict[SiteKey, torch.Tensor]
     report: dict[str, Any]
-
-
-@dataclass
-class Record:
-    """What a pruned model in memory remembers: its plan into the dense model, rows to prove a save with, each cut."""
-
-    plan: PruningPlan
-    batch: Batch | None
-    cuts: tuple[dict[str, Any], ...] = ()  # the report of each prune()
-
-    def save(self, directory: Path) -> None:
-        """The plan and the reports, beside the weights."""
-        self.plan.save(directory / PLAN_FILE)
-        write_text(directory / REPORT_FILE, json.dumps({"format": 1, "cuts": self.cuts}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, directory: Path) -> Record | None:
-        if not (directory / PLAN_FILE).is_file():
-            return None
-        report = directory / REPORT_FILE
-        cuts = json.loads(report.read_text())["cuts"] if report.is_file() else ()
-        return cls(PruningPlan.load(directory / PLAN_FILE), None, tuple(cuts))
 
 
 @dataclass
@@ -98,6 +75,20 @@ class Analysis:
         config = self.config if keep is None else replace(self.config, keep=keep)
         across = CRITERIA[str(config.criterion)].across
         return allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table)
+
+    def cut_(
+        self, model: PreTrainedModel, keep: float | None = None, *, plan: PruningPlan | None = None
+    ) -> PruneResult:
+        """Cut and repair the model that was analysed, or a copy of it, in place; nothing is scored again.
+
+        Args:
+            keep: the target; default: the config's.
+            plan: cut by this plan instead.
+
+        Raises:
+            ValueError: not reachable, or a plan for another model; then nothing has changed.
+        """
+        return apply(model, self, plan or self.plan(keep))
 
 
 def analyze(
@@ -183,14 +174,16 @@ def prune(
         data: list or iterable of batches (dicts of tensors for `model(**batch)`), a DataLoader, or a datasets.Dataset
             with `processing_class` or `data_collator`.
         plan: replay this plan instead of deciding one (it is checked against the model); `config` defaults to the one
-            that it was made with.
+            that it was made with. Where the repair weighs tokens by their gradients, those are computed; to cut to
+            several targets after one pass, see `Analysis.cut_`.
         guard: data of another source than `data`, in the same forms: a repair is refused where it makes the error on
             them larger. Nothing is scored or fitted on them. For language models, text unlike the calibration text.
 
     Raises:
         ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
             examples; `keep` not reachable; `repair="bias"` without biases; NaN in the scores; a plan for another
-            model. All before anything is changed.
+            model. All before anything is changed; and what is stopped later, by an error or an interrupt, leaves the
+            model as it was.
     """
     if plan is None:
         analysis = analyze(
@@ -210,36 +203,62 @@ def prune(
 
 
 def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None = None) -> PruneResult:
-    """Cut and repair a model by a plan (default: the analysis' own for its config). In place."""
+    """Cut and repair a model by a plan (default: the analysis' own for its config). In place, all of it or nothing."""
     plan = plan or analysis.plan()
     anatomy, config = analysis.anatomy, analysis.config
     _check_plan(anatomy, plan)
     earlier = record_of(model)
-    composed = plan if earlier is None else earlier.plan.compose(plan)
+    composed = plan if earlier is None else _composed(earlier.plan, plan)
     timed = plan.config.get("metric") == "latency"
     watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
-    started = time.perf_counter()
-    repairs = [] if plan.is_identity else _cut_and_repair_(model, analysis, plan)
-    if not plan.is_identity:
-        write_(model, _summary(model, plan, composed, config))
-    report = {
+    report = _report(analysis, plan)
+    layers = {site.path: model.get_submodule(site.path) for site in anatomy.sites}
+    modules = [module for layer in layers.values() for module in layer.modules()]
+    with quiet(model), undone_on_error(modules, configs_of(model)):
+        started = time.perf_counter()
+        if not plan.is_identity:
+            report["repairs"] = _cut_and_repair_(model, analysis, plan)
+            write_(model, _summary(model, report, composed, config))
+        report["seconds"]["cut_and_repair"] = time.perf_counter() - started
+        if watch is not None:
+            report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
+    cuts = (*(earlier.cuts if earlier else ()), report)
+    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
+    return PruneResult(model, plan, analysis.scores, report)
+
+
+def _composed(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
+    try:
+        return earlier.compose(plan)
+    except ValueError as error:
+        raise ValueError(
+            f"The model's sizes are not those that its earlier plan ({earlier.hash[:12]}) left: {error} Load the model "
+            "from what was saved."
+        ) from error
+
+
+def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
+    """What is known of a cut before it is made. The costs are counted anew: a plan may have been edited."""
+    anatomy, length = analysis.anatomy, analysis.config.sequence_length
+    before = cost_report(anatomy, dense_counts(anatomy), length)
+    after = cost_report(anatomy, planned_counts(anatomy, plan), length)
+    counted = f"{plan.cost.get('metric')}_{plan.cost.get('scope')}"  # a latency is not
+    return {
         **plan.cost,
+        **({"keep": after[counted] / before[counted]} if counted in after else {}),
+        "before": before,
+        "after": after,
         "config": dict(plan.config),
-        "criterion": config.criterion,
+        "criterion": analysis.config.criterion,
         "calibration": {
             "rows": sum(batch.size for batch in analysis.batches),
             "tokens": sum(int(batch.inputs.get("attention_mask", torch.zeros(0)).sum()) for batch in analysis.batches),
         },
         "scores": _quantiles(analysis.scores),
-        "repairs": repairs,
+        "repairs": [],
         "other_shapes": _other_shapes(analysis, plan),
-        "seconds": {"score": analysis.seconds, "cut_and_repair": time.perf_counter() - started},
+        "seconds": {"score": analysis.seconds},
     }
-    if watch is not None:
-        report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
-    cuts = (*(earlier.cuts if earlier else ()), report)
-    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
-    return PruneResult(model, plan, analysis.scores, report)
 
 
 # --- checks before anything is changed -------------------------------------------------------------------------------
@@ -247,6 +266,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
 
 def _check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
     plan.check(anatomy.model_type, anatomy.sizes)
+    for site in anatomy.sites:
+        kept_columns(site, plan[site.key].unit, plan[site.key].kept)  # raises for heads unevenly over their groups
     kept: dict[tuple[str, str], tuple[int, ...]] = {}
     for site in anatomy.sites if anatomy.family.coupled_heads else ():
         if site.is_attention and kept.setdefault((site.stack, site.kind), plan[site.key].kept) != plan[site.key].kept:
@@ -329,15 +350,9 @@ def _by_layer(anatomy: Anatomy, stack: str) -> list[list[Site]]:
 # --- what is remembered and reported ---------------------------------------------------------------------------------
 
 
-def record_of(model: PreTrainedModel) -> Record | None:
-    """What an earlier prune() in this process, or the directory that the model was loaded from, knows of its cuts."""
-    record = getattr(model, "_hf_prune", None)
-    if record is None and model.config.__dict__.get(KEY):
-        record = Record.load(Path(model.config._name_or_path))
-    return record
-
-
-def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, config: PruningConfig) -> dict[str, Any]:
+def _summary(
+    model: PreTrainedModel, report: Mapping[str, Any], composed: PruningPlan, config: PruningConfig
+) -> dict[str, Any]:
     previous = model.config.__dict__.get(KEY, {})
     origin = {key: previous[key] for key in ("base_model", "license") if previous.get(key)}
     return {
@@ -345,9 +360,10 @@ def _summary(model: PreTrainedModel, plan: PruningPlan, composed: PruningPlan, c
         **(origin or _origin(str(model.config._name_or_path))),
         "criterion": config.criterion,
         "repair": config.repair,
-        "before": previous.get("before") or plan.cost.get("before", {}),
-        "after": plan.cost.get("after", {}),
+        "before": previous.get("before") or report["before"],
+        "after": report["after"],
         "plan": composed.hash,
+        "kept": pack(composed),
     }
 
 
@@ -382,7 +398,7 @@ def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, 
     for shapes in SHAPES if analysis.scores and not plan.is_identity else ():
         if shapes == analysis.config.shapes:
             continue
-        changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config["keep"]))
+        changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config.get("keep", analysis.config.keep)))
         with contextlib.suppress(ValueError):  # these units cannot reach the target in those shapes
             other = replace(analysis, config=changed).plan()
             others[shapes] = {key: other.cost[key] for key in ("keep", "predicted_loss")}

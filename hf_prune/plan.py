@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from operator import index
 from typing import Any
 
-from .files import write_text
+from .files import parse_json, read_json, write_text
 
 FORMAT = 1
 UNITS = ("head", "kv_group", "neuron")
@@ -29,15 +29,21 @@ class SitePlan:
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", tuple(self.kept))
         where = f"{self.stack} layer {self.layer} {self.kind}"
+        named = isinstance(self.stack, str) and isinstance(self.kind, str) and _is_count(self.layer)
+        if not named or not _is_count(self.of):
+            raise ValueError(
+                f"{where}, of {self.of!r}: a site has a stack and a kind (words), a layer and `of` (whole numbers)."
+            )
         if self.unit not in UNITS:
             raise ValueError(f"{where}: unit {self.unit!r} is not one of {', '.join(UNITS)}.")
+        object.__setattr__(self, "kept", _indices(self.kept, where))
         if not self.kept:
             raise ValueError(f"{where}: a plan must keep at least one {self.unit}.")
         if list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0 or self.kept[-1] >= self.of:
             raise ValueError(
-                f"{where}: kept indices must be sorted, without repeats and within 0..{self.of - 1}; got {self.kept}."
+                f"{where}: kept indices must be sorted, without repeats and within 0..{self.of - 1}; got "
+                f"{_short(self.kept)}."
             )
 
     @property
@@ -47,6 +53,24 @@ class SitePlan:
     @property
     def is_identity(self) -> bool:
         return len(self.kept) == self.of
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _indices(kept: Any, where: str) -> tuple[int, ...]:
+    try:
+        if not any(isinstance(unit, bool) for unit in kept):
+            return tuple(index(unit) for unit in kept)
+    except TypeError:
+        pass
+    raise ValueError(f"{where}: `kept` is a list of whole numbers, got {_short(kept)}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def _as_heads(site: SitePlan, heads_a_group: int) -> SitePlan:
@@ -146,11 +170,24 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: something else; the message names the field.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A plan is a mapping, got {type(data).__name__}.")
         if data.get("format") != FORMAT:
             raise ValueError(f"Plan format {data.get('format')!r} is not {FORMAT}; upgrade hf_prune.")
-        fields = ("stack", "layer", "kind", "unit", "of", "kept")
-        sites = tuple(SitePlan(**{name: site[name] for name in fields}) for site in data["sites"])
-        return cls(data["model_type"], sites, data.get("config", {}), data.get("cost", {}))
+        given = {"config": {}, "cost": {}, **data}
+        for name, kind in (("model_type", str), ("sites", list), ("config", Mapping), ("cost", Mapping)):
+            if not isinstance(given.get(name), kind):
+                raise ValueError(
+                    f"A plan's {name!r} is a {kind.__name__.lower()}, got {_short(given.get(name))}: restore the file, "
+                    "or make a plan with prune()."
+                )
+        sites = tuple(_site_from(site) for site in given["sites"])
+        return cls(given["model_type"], sites, given["config"], given["cost"])
 
     def to_json(self) -> str:
         """With a line for each site."""
@@ -160,7 +197,7 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text, "The plan"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
@@ -168,7 +205,16 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
-        return cls.from_json(Path(path).read_text())
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: no plan; the message names the field.
+        """
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def diff(self, other: PruningPlan) -> Iterable[tuple[SiteKey, tuple[int, ...], tuple[int, ...]]]:
         """(site, units kept only here, units kept only in `other`) for every site that differs."""
@@ -177,6 +223,14 @@ class PruningPlan:
             mine, their = set(site.kept), theirs.get(site.key, set())
             if mine != their:
                 yield site.key, tuple(sorted(mine - their)), tuple(sorted(their - mine))
+
+
+def _site_from(site: Any) -> SitePlan:
+    fields = ("stack", "layer", "kind", "unit", "of", "kept")
+    missing = [name for name in fields if not isinstance(site, Mapping) or name not in site]
+    if missing:
+        raise ValueError(f"A plan's site has {', '.join(fields)}; {_short(site)} has no {', '.join(missing)}.")
+    return SitePlan(**{name: site[name] for name in fields})
 
 
 def _site_order(site: Mapping[str, Any]) -> tuple[str, int, str]:

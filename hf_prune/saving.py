@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +15,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .anatomy import describe
-from .checkpoint import beside, prove, swap
+from .checkpoint.directory import beside, carry, resolved, written
+from .checkpoint.history import PLAN_FILE, Record, record_of
+from .checkpoint.layout import KEY
+from .checkpoint.proof import BASE, is_loaded, prove
 from .config import PruningConfig
-from .layout import KEY
-from .oneshot import PLAN_FILE, Analysis, Record, apply, record_of
+from .oneshot import Analysis, apply
 from .plan import PruningPlan
 from .report.card import DENSE, PRUNED, write_card, write_evaluation
 from .rounds import STATE_FILE, Run, complete_checkpoints, is_complete
 from .teaching import TeachingMixin
 
-BASE = "base_model"  # beside adapters: the pruned weights that they belong to
 FILE_FORMATS = ("csv", "json", "parquet", "arrow", "text", "pandas", "generator")  # which datasets takes for a name
 CARD_FIELDS = {  # ours -> transformers' name of what `push_to_hub` may say
     "license": "license",
@@ -90,19 +91,16 @@ class SavingMixin(TeachingMixin):
         """
         lasting = self.args.save_strategy != SaveStrategy.NO
         directory = Path(self._get_output_dir(trial)) if lasting else self._scratch
-        target = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        temporary = directory / f".{target.name}.tmp"
-        if self.args.should_save or not lasting:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._save_rng_state(str(temporary))
-        if lasting:
-            self._write(temporary)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save or not lasting:
-            self.state.save_to_json(str(temporary / TRAINER_STATE_NAME))
-            swap(temporary, target)
+        target = resolved(directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        is_writer = self.args.should_save or not lasting
+        with beside(target) if is_writer else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self._save_rng_state(str(written(target)))
+            if lasting:
+                self._write(written(target), is_checkpoint=True)
+            self.accelerator.wait_for_everyone()
+            if is_writer:
+                self.state.save_to_json(str(written(target) / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         return target
 
@@ -110,12 +108,14 @@ class SavingMixin(TeachingMixin):
         """Checkpoints as the stock trainer saves them; anything else is reloaded and compared before it is there."""
         directory = Path(output_dir or str(self.args.output_dir))
         if self.pruning is None or directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            self._write(directory, state_dict)
+            self._write(directory, state_dict, is_checkpoint=True)
         elif self.args.should_save:
-            with beside(directory, keep_others=True) as temporary:
-                self._write(temporary, state_dict)
+            directory = resolved(directory)
+            with beside(directory) as new:
+                self._write(new, state_dict)
                 if isinstance(self.model, PreTrainedModel):
-                    prove(self.model, temporary)
+                    prove(self.model, new)
+                carry(directory, new, is_loaded)  # checkpoints, logs and notes stay; no weights of an earlier save do
             if isinstance(self.model, PreTrainedModel) and (directory / PLAN_FILE).is_file():
                 self._write_card(directory)
 
@@ -168,7 +168,7 @@ class SavingMixin(TeachingMixin):
         except Exception as error:
             warnings.warn(f"{directory} is saved, but not its card ({error!r}); see `hf-prune card`.", stacklevel=2)
 
-    def _write(self, directory: Path, state_dict: Any = None) -> None:
+    def _write(self, directory: Path, state_dict: Any = None, is_checkpoint: bool = False) -> None:
         super()._save(str(directory), state_dict)
         if self.pruning is None or not self.args.should_save:
             return
@@ -179,7 +179,7 @@ class SavingMixin(TeachingMixin):
         record = record_of(self._plain())
         if record is not None:
             record.save(home)
-        if self._run is not None and directory.name.lstrip(".").startswith(PREFIX_CHECKPOINT_DIR):
+        if self._run is not None and is_checkpoint:
             self._run.save(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

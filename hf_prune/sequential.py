@@ -37,7 +37,7 @@ from .repair import (
     token_weights,
 )
 from .sites import Site, input_axis, readers
-from .surgery import cut_, kept_columns
+from .surgery import cut_, kept_columns, put_
 
 Sums = TypeVar("Sums")
 Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
@@ -245,9 +245,9 @@ class StackRepair:
         if fitted is None:
             return False
         scale, shift = fitted
-        norm.weight.copy_(scale * (norm.weight + self.norm_offset) - self.norm_offset)
+        put_(norm, "weight", scale * (norm.weight + self.norm_offset) - self.norm_offset)
         if has_shift:
-            norm.bias.copy_(scale * norm.bias + shift)
+            put_(norm, "bias", scale * norm.bias + shift)
         for batch, output in enumerate(self.pruned.states if self._advanced else ()):
             self.pruned.states[batch] = (output * scale + shift).to(output.dtype)
         return True
@@ -271,13 +271,12 @@ def matrix_of(linear: Any) -> torch.Tensor:
     return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
 
 
-@torch.no_grad()
 def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
-    """Write back what `matrix_of` gave (of the kept columns), in the weight's own dtype."""
+    """Put back what `matrix_of` gave (of the kept columns), in the weight's own dtype."""
     if linear.bias is not None:
-        linear.bias.copy_(matrix[:, -1])
+        put_(linear, "bias", matrix[:, -1])
         matrix = matrix[:, :-1]
-    linear.weight.copy_(matrix.T if input_axis(linear) == 0 else matrix)
+    put_(linear, "weight", matrix.T if input_axis(linear) == 0 else matrix)
 
 
 def improvement(reports: Sequence[Mapping[str, Any]]) -> float:

@@ -6,7 +6,7 @@ Shapes: N query heads, G KV heads, H head dim, F FFN width, D hidden width.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -74,11 +74,18 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         layers = _layers(model, stack)
         for index, layer in enumerate(layers or ()):
             path = names[id(layer)]
-            sites += [_site(model, layer, path, stack.name, index, row) for row in stack.sublayers]
+            rows = (_placed(row, family, model.config) for row in stack.sublayers)
+            sites += [_site(model, layer, path, stack.name, index, row) for row in rows]
     if not sites:
         wanted = ", ".join(stack.layers for stack in family.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     return sites
+
+
+def _placed(row: Attention | FFN, family: Family, config: Any) -> Attention | FFN:
+    """The row with its norm behind the sum where this model's config wants it there (OPT-350m)."""
+    key = family.post_norm_unless
+    return replace(row, norm_place="after") if key and not getattr(config, key) else row
 
 
 def _layers(model: Any, stack: Stack) -> nn.ModuleList | None:

@@ -17,10 +17,10 @@ def slice_(module: Any, index: torch.Tensor, axis: int) -> None:
     """Keep `index` [S] of a matrix (or embedding) along a weight axis, its bias along with the outputs. In place."""
     embedding = isinstance(module, nn.Embedding)
     index = index.to(module.weight.device)
-    module.weight = _keep(module.weight, index, axis)
+    put_(module, "weight", module.weight.index_select(axis, index))
     outputs = not embedding and axis == output_axis(module)
     if outputs and module.bias is not None:
-        module.bias = _keep(module.bias, index, 0)
+        put_(module, "bias", module.bias.index_select(0, index))
     if embedding:
         module.embedding_dim = len(index)
     elif type(module).__name__ == "Conv1D":
@@ -29,8 +29,11 @@ def slice_(module: Any, index: torch.Tensor, axis: int) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
-def _keep(parameter: nn.Parameter, index: torch.Tensor, axis: int) -> nn.Parameter:
-    return nn.Parameter(parameter.index_select(axis, index).contiguous(), requires_grad=parameter.requires_grad)
+@torch.no_grad()
+def put_(module: Any, name: str, value: torch.Tensor) -> None:
+    """A new parameter in place of an old one, which stays as it is for whoever undoes the cut (see `undo`)."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
 
 
 def columns_of(units: Sequence[int], width: int) -> torch.Tensor:

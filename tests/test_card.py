@@ -15,8 +15,8 @@ from tiny import tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune import PruningConfig, prune, save_pretrained
-from hf_prune.checkpoint import PROOF_FILE
-from hf_prune.oneshot import PLAN_FILE
+from hf_prune.checkpoint.history import PLAN_FILE
+from hf_prune.checkpoint.proof import PROOF_FILE
 from hf_prune.report.card import EVALUATION, write_card, write_evaluation
 from hf_prune.report.corners import corners, write_corners
 from hf_prune.report.measure import compare

@@ -318,10 +318,10 @@ def test_a_killed_save_leaves_nothing_under_the_final_name(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from tiny import cut_tiny
-        from hf_prune import checkpoint
+        from hf_prune.checkpoint import save
         model = cut_tiny("BertForSequenceClassification", "per_layer")
-        checkpoint.prove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is proven
-        checkpoint.save_pretrained(model, {str(tmp_path / "out")!r})
+        save.prove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is proven
+        save.save_pretrained(model, {str(tmp_path / "out")!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

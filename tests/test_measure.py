@@ -13,7 +13,7 @@ from rich.console import Console
 
 import hf_prune
 from hf_prune.report import measure as measuring
-from hf_prune.report.measure import compare, directory_bytes, measure, random_inputs
+from hf_prune.report.measure import cache_argument, compare, directory_bytes, measure, random_inputs
 from hf_prune.report.table import count, markdown, rich_table
 
 SHAPES = ((1, 8), (2, 8))
@@ -85,7 +85,7 @@ def test_what_generates_is_timed_token_by_token(family):
     found = measure(model, shapes=((2, 8),), runs=2, warmup=1, new_tokens=3)
     assert [entry["what"] for entry in found["latency"]] == ["forward", "prefill", "decode"]
     with torch.no_grad():
-        cache = model(**random_inputs(model, 1, 5), use_cache=True).past_key_values
+        cache = getattr(model(**random_inputs(model, 1, 5), use_cache=True), cache_argument(model))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert found["kv_cache_bytes"] == held / 5
 

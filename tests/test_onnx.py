@@ -19,6 +19,7 @@ from transformers.exporters import ExportQuantizer
 from hf_prune.export import onnx as onnx_export
 from hf_prune.export.kernels import CpuKernels
 from hf_prune.export.onnx import to_onnx
+from hf_prune.report.measure import cache_argument
 
 CONFIG = {"align": 4, "calibration_samples": 16, "sequence_length": 12}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter and what it calls
@@ -108,14 +109,14 @@ def test_decoders_with_their_cache(tmp_path, family, class_name):
     ids = torch.arange(8, 16)[None]
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 8:].tolist()
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8)[None]}
-    output = exported.runners["prefill"](**given)
+    output, cache = exported.runners["prefill"](**given), cache_argument(model)
     found = []
     for length in range(9, 15):
         found.append(int(output.logits[0, -1].argmax()))
         mask = torch.ones(1, length, dtype=torch.long)
         positions = torch.tensor([[length - 1]])
         given = {"input_ids": torch.tensor([found[-1:]]), "attention_mask": mask, "position_ids": positions}
-        output = exported.runners["decode"](**given, past_key_values=output.past_key_values)
+        output = exported.runners["decode"](**given, **{cache: getattr(output, cache)})
     assert found == expected
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tiny import CLASSES, FAMILY_OF, cut_tiny, distance, outputs, tiny_batch
 
 from hf_prune import PruningPlan, prune, save_pretrained
-from hf_prune.checkpoint import auto_classes
+from hf_prune.checkpoint.convert import auto_classes
 from hf_prune.config import PruningConfig
 
 ALL = [name for names in CLASSES.values() for name in names]

@@ -16,7 +16,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..anatomy import describe
-    from ..oneshot import PLAN_FILE
+    from ..checkpoint.history import PLAN_FILE
     from ..report.anatomy import anatomy_rows, facts, reachable_rows, stock_note
     from ..report.engines import checkpoint_rows, engine_rows
     from ..report.table import console, rich_table

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
     """Refuse an output directory that is not empty before any work is done for it."""
-    from ..checkpoint import refuse_full
+    from ..checkpoint.directory import refuse_full
 
     for keep in keeps:
         target = _directory(options.out, keep, keeps)
@@ -232,7 +232,7 @@ def _other_shapes(keep: float, report: Mapping[str, Any]) -> list[str]:
 
 def _save(job: Job, model: PreTrainedModel, directory: Path | None) -> list[str]:
     """Save one result; the lines that open it."""
-    from ..checkpoint import save_pretrained
+    from ..checkpoint.save import save_pretrained
     from ..report.engines import opened_by, opening_lines
 
     if directory is None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .. import oneshot
 from ..allocate import SHAPES
-from ..checkpoint import save_pretrained
+from ..checkpoint.save import save_pretrained
 from ..config import PruningConfig
 from ..files import write_text
 from ..report import corners

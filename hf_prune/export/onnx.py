@@ -20,7 +20,9 @@ import torch
 from transformers.utils import find_labels
 
 from ..anatomy import quiet
-from ..checkpoint import beside, proof_inputs, refuse_full
+from ..checkpoint.directory import beside, refuse_full
+from ..checkpoint.proof import proof_inputs
+from ..report.measure import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +55,7 @@ def to_onnx(
         ValueError: an encoder-decoder. FileExistsError: the directory is not empty. ImportError: a package is missing.
         RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
     """
-    target = Path(directory)
-    refuse_full(target, overwrite)
+    target = refuse_full(directory, overwrite)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"ONNX: an encoder-decoder ({model.config.model_type}) is not exported; encoders and decoders are."
@@ -145,8 +146,8 @@ def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float
     ours, theirs = model(**prompt, use_cache=True), _step(exported.runners["prefill"], prompt, {})
     worst = _apart(ours.logits, theirs.logits)
     token = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], -1)}
-    cached = {"past_key_values": theirs.past_key_values}
-    after = model(**token, past_key_values=ours.past_key_values)
+    name = cache_argument(model)
+    after, cached = model(**token, **{name: getattr(ours, name)}), {name: getattr(theirs, name)}
     return max(worst, _apart(after.logits, _step(exported.runners["decode"], token, cached).logits))
 
 

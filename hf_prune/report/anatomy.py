@@ -7,9 +7,9 @@ from typing import Any
 
 from ..allocate import SHAPES, choose_units, default_align, reachable
 from ..anatomy import Anatomy
+from ..checkpoint.layout import KEY
 from ..config import PruningConfig
 from ..costs import CostModel, cost_model, dense_counts
-from ..layout import KEY
 from ..sites import Site
 from .table import Row, count
 

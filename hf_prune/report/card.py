@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import weights_id
+from ..checkpoint.history import PLAN_FILE, REPORT_FILE
+from ..checkpoint.layout import KEY
+from ..checkpoint.proof import weights_id
 from ..files import write_text
-from ..layout import KEY
-from ..oneshot import PLAN_FILE, REPORT_FILE
 from ..plan import PruningPlan
 from . import plots
 from .corners import CORNERS_FILE, corner_line, corner_rows

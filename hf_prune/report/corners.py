@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy import quiet
-from ..checkpoint import weights_id
+from ..checkpoint.proof import weights_id
 from ..export.onnx import graph_inputs, to_onnx
 from ..files import write_text
 from ..latency import device_name, random_inputs, synchronize

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import auto_classes
+from ..checkpoint.convert import auto_classes
+from ..checkpoint.layout import KEY
 from ..data import TASKS, WITHOUT_PIPELINE
 from ..export.gguf import ARCHITECTURES
-from ..layout import KEY
 from .table import Row
 
 NOT_RUN = "not run in our tests"

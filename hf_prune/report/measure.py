@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..allocate import default_align
 from ..anatomy import Anatomy, describe, quiet
-from ..checkpoint import weights_id
+from ..checkpoint.proof import weights_id
 from ..costs import dense_counts
 from ..costs import report as cost_report
 from ..latency import device_name, random_inputs, timed
@@ -47,7 +47,7 @@ def measure(model: Measurable, **options: Any) -> dict[str, Any]:
         A plain dict: parameters, block_parameters, macs, block_macs, sequence_length, kv_cache_bytes (a token; None
         where nothing is generated), latency (see `compare`), notes, settings (dtype, device, threads, attention, torch,
         transformers), and of a directory bytes, load_seconds, resident_bytes (else None) and weights (their name, see
-        `checkpoint.weights_id`).
+        `checkpoint.proof.weights_id`).
 
     Raises:
         ValueError: unknown family, quantised weights.
@@ -171,12 +171,17 @@ def _forward(what: str, model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[
     return {what: timed(model, **inputs)}
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a language model calls its cache, in arguments and outputs: `past_key_values` until transformers 5.23."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _generate(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
     """The prompt, then one token after another with the cache; which tokens they are does not matter."""
     from transformers import DynamicCache
 
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    more: dict[str, Any] = {"past_key_values": DynamicCache(config=model.config), "use_cache": True, **last}
+    more: dict[str, Any] = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True, **last}
     prefill = timed(model, **inputs, **more)
     token = inputs["input_ids"][:, -1:]
     return {"prefill": prefill, "decode": statistics.mean(timed(model, token, **more) for _ in range(new_tokens))}

@@ -8,23 +8,43 @@ meta device inside from_pretrained, so at no cost) and cut to what the config sa
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from .families import Attention, Family, family_for
-from .sites import Site, find_sites
-from .surgery import cut_
+from ..families import Attention, Family, family_for
+from ..sites import Site, find_sites
+from ..surgery import cut_
 
 FORMAT = 1
 KEY = "hf_prune"  # of the entry in config.json
+HOME = "_hf_prune_home"  # attribute of a model: the directory that it was loaded from
+FORMS = ("stock", "uniform", "per_layer")
+RESTORE = "Restore config.json, or save the model again."
 
 
 def needs_loader(config: Any) -> bool:
-    """Whether the stock class would build other shapes than the config means."""
-    return config.__dict__.get(KEY, {}).get("shapes") in ("uniform", "per_layer")
+    """Whether the stock class would build other shapes than the config means.
+
+    Raises:
+        ValueError: an entry that this version of hf_prune does not understand, or sizes that cannot be meant.
+    """
+    entry = config.__dict__.get(KEY)
+    if not entry:
+        return False
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"The config's {KEY!r} is a {type(entry).__name__}; a mapping is needed. {RESTORE}")
+    if entry.get("shapes") == "stock":
+        return False
+    if entry.get("format") != FORMAT or entry.get("shapes") not in FORMS:
+        raise ValueError(
+            f"This checkpoint has shapes {entry.get('shapes')!r} in format {entry.get('format')!r}; this hf_prune "
+            f"knows {', '.join(FORMS)} in format {FORMAT}. Upgrade hf_prune, or restore config.json."
+        )
+    return True
 
 
 def size_keys(family: Family) -> list[str]:
@@ -64,13 +84,13 @@ def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None
     sites = find_sites(model, family_for(model.config.model_type))
     dense = dense_values(model.config, family)
     form, entry = _form(model.config, family, sites, dense)
-    for config in _configs(model):
+    for config in configs_of(model):
         _write_config_(config, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
     return form
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """The model's config and the copies that its stacks hold."""
     found = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
     return list({id(c): c for c in found if type(c) is type(model.config)}.values())
@@ -122,51 +142,102 @@ def _heads_cut(sites: list[Site], dense: Mapping[str, Any]) -> bool:
 
 
 def planned_values(config: Any, site: Site) -> Mapping[str, int]:
-    """The sizes that a config gives a site, by config key."""
+    """The sizes that a config gives a site, by config key.
+
+    Raises:
+        ValueError: it gives none.
+    """
     layers = config.__dict__.get(KEY, {}).get("layers")
-    if layers:
-        return layers[f"{site.stack}.{site.layer}.{site.kind}"]
     view = config.per_layer_config[site.layer] if config.is_heterogeneous else config
-    return {key: raw(view, key) for key in site_values(site)}
+    values = layers.get(f"{site.stack}.{site.layer}.{site.kind}", {}) if layers else None
+    found = {key: raw(view, key) if values is None else values.get(key) for key in site_values(site)}
+    for key, value in found.items():
+        if value is None:
+            raise ValueError(f"The config gives {site.name} no {key}. {RESTORE}")
+    return found
 
 
-@contextlib.contextmanager
-def _dense_sizes(config: Any) -> Iterator[None]:
-    """The config as the dense model's while a stock class reads it."""
-    entry = config.__dict__.pop(KEY)
-    spec = config.__dict__.pop("_heterogeneity_spec", None)
-    pruned = {key: raw(config, key) for key in entry["dense"]}
-    try:
-        for key, value in entry["dense"].items():
-            setattr(config, key, value)
-        yield
-    finally:
-        for key, value in pruned.items():
-            setattr(config, key, value)
-        if spec is not None:
-            config._heterogeneity_spec = spec
-        config.hf_prune = entry
+def check_sizes(config: Any) -> None:
+    """Raise ValueError unless a pruned config names dense sizes, and none of its own that is larger.
+
+    Compared before anything is built: a size is a number in a file, and a wrong one eats memory.
+    """
+    entry, keys = config.__dict__[KEY], size_keys(family_for(config.model_type))
+    dense = entry.get("dense")
+    if not isinstance(dense, Mapping) or not all(key in dense and _is_size(dense[key]) for key in keys):
+        raise ValueError(f"The config's {KEY}.dense must give the sizes {', '.join(keys)}; it is {dense!r}. {RESTORE}")
+    told: dict[str, Any] = {"": {key: raw(config, key) for key in keys}, **(entry.get("layers") or {})}
+    if config.is_heterogeneous:
+        told |= {f"layer {layer}": values for layer, values in config._heterogeneity_spec.per_layer_overrides.items()}
+    for where, values in told.items():
+        for key in keys if isinstance(values, Mapping) else ():
+            value = values.get(key)
+            if not _is_size(value) or (value or 0) > (dense[key] or math.inf):
+                at = f" for {where}" if where else ""
+                raise ValueError(f"The config says {key}={value!r}{at}, of {dense[key]} when dense. {RESTORE}")
+
+
+def _is_size(value: Any) -> bool:
+    """None: the class has a default."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def dense_config(config: Any) -> Any:
+    """A copy that shows the dense sizes alone: what a stock class reads while it builds."""
+    dense = copy.deepcopy(config)
+    entry = dense.__dict__.pop(KEY)
+    dense.__dict__.pop("_heterogeneity_spec", None)
+    for key, value in entry["dense"].items():
+        setattr(dense, key, value)
+    return dense
 
 
 def build_(model: Any, init: Callable[..., None], config: Any, *args: Any, **kwargs: Any) -> None:
-    """Run a stock class's `init` at its dense sizes, then cut the model to what `config` says."""
+    """Run a stock class's `init` at its dense sizes, then cut the model to what `config` says.
+
+    The class reads a copy, so that models can be built of one config in several threads.
+
+    Raises:
+        ValueError: a config that no cut of the dense model can be meant by.
+    """
     if not needs_loader(config):
         init(config, *args, **kwargs)
         return
-    with _dense_sizes(config):
-        init(config, *args, **kwargs)
+    check_sizes(config)
+    dense = dense_config(config)
+    init(dense, *args, **kwargs)
+    _hand_over_(model, dense, config)
     for site in find_sites(model, family_for(config.model_type)):
         _shrink_(model, site, planned_values(config, site))
-    for copy in _configs(model)[1:]:
-        copy.__dict__.update({key: raw(config, key) for key in config.hf_prune["dense"]})
+
+
+def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
+    """Give the model its own config in place of the dense copy, with what the stock class decided on the way."""
+    pruned = {key: raw(config, key) for key in config.hf_prune["dense"]}
+    decided = {key: value for key, value in dense.__dict__.items() if key not in pruned}
+    config.__dict__.update(decided)
+    for module in model.modules():
+        held = getattr(module, "config", None)
+        if held is dense:
+            module.config = config
+        elif type(held) is type(config):  # a stack's own copy
+            held.__dict__.update(pruned)
 
 
 def _shrink_(model: nn.Module, site: Site, values: Mapping[str, int]) -> None:
     layer = model.get_submodule(site.path)
     if not isinstance(site.row, Attention):
-        cut_(layer, site, "neuron", range(values[site.row.width_key]))
+        width = values[site.row.width_key]
+        if width > site.columns:
+            raise ValueError(f"The config gives {site.name} {width} neurons, of {site.columns} when dense. {RESTORE}")
+        cut_(layer, site, "neuron", range(width))
         return
     heads = values[site.row.heads_key]
     groups = values[site.row.kv_key] if site.row.kv_key else heads
     share = site.heads // site.kv_heads
+    if groups > site.kv_heads or heads % groups or heads // groups > share:
+        raise ValueError(
+            f"The config gives {site.name} {heads} heads in {groups} groups, of {site.heads} in {site.kv_heads} when "
+            f"dense. {RESTORE}"
+        )
     cut_(layer, site, "head", [g * share + j for g in range(groups) for j in range(heads // groups)])

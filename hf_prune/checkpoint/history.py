@@ -1,0 +1,193 @@
+"""What a pruned model remembers: its plan into the dense model, and the report of each cut.
+
+The plan travels in the model's config, a bit for each unit, so that it survives a move, a stock save and the Hub. The
+files beside the weights are for people and for cards: the plan in full, and the reports.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import read_json, write_text
+from ..plan import PruningPlan, SitePlan
+from .layout import HOME, KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..batches import Batch
+
+PLAN_FILE = "pruning_plan.json"
+REPORT_FILE = "pruning_report.json"
+PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
+
+
+@dataclass
+class Record:
+    """What a pruned model in memory remembers: its plan into the dense model, rows to prove a save with, each cut."""
+
+    plan: PruningPlan
+    batch: Batch | None
+    cuts: tuple[dict[str, Any], ...] = ()  # the report of each prune()
+
+    def save(self, directory: Path) -> None:
+        """The plan and the reports, beside the weights."""
+        self.plan.save(directory / PLAN_FILE)
+        report = {"format": 1, "plan": self.plan.hash, "cuts": self.cuts}
+        write_text(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Record | None:
+        """What `save` wrote; None where there is no plan."""
+        if not (directory / PLAN_FILE).is_file():
+            return None
+        plan = PruningPlan.load(directory / PLAN_FILE)
+        return cls(plan, None, _cuts(directory / REPORT_FILE, plan.hash))
+
+
+def record_of(model: PreTrainedModel) -> Record | None:
+    """What an earlier prune() left: in this process, or in the config that the model was loaded with.
+
+    Raises:
+        ValueError: the config's plan is damaged.
+    """
+    if not hasattr(model, "_hf_prune") and model.config.__dict__.get(KEY):
+        model._hf_prune = _read(model)  # type: ignore[assignment]
+    return getattr(model, "_hf_prune", None)
+
+
+def _read(model: PreTrainedModel) -> Record | None:
+    config, entry = model.config, model.config.__dict__[KEY]
+    home, name = Path(model.__dict__.get(HOME) or str(config._name_or_path)), str(entry.get("plan") or "")
+    if not name:
+        return None
+    plan = _beside(_file(home, config, PLAN_FILE), name) or _carried(config.model_type, entry, name)
+    if plan is None:
+        warnings.warn(
+            f"This model was cut by the plan {name[:12]}, which is neither in its config nor beside its weights: what "
+            "is planned now counts from the model as it is.",
+            stacklevel=4,
+        )
+        return None
+    return Record(plan, None, _cuts(_file(home, config, REPORT_FILE), name))
+
+
+def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPlan | None:
+    """The plan in a config."""
+    if "kept" not in entry:  # an early hf_prune wrote it
+        return None
+    plan = unpack(model_type, entry["kept"])
+    if plan.hash != name:
+        raise ValueError(
+            f"The config's hf_prune.kept is the plan {plan.hash[:12]}, its hf_prune.plan says {name[:12]}: one of them "
+            "was edited. Load the model from what was saved."
+        )
+    return replace(plan, cost={key: entry[key] for key in ("before", "after") if key in entry})
+
+
+def _beside(path: Path | None, name: str) -> PruningPlan | None:
+    """The plan in full, from beside the weights, where that is the one that cut them."""
+    if path is None:
+        return None
+    try:
+        plan = PruningPlan.load(path)
+    except ValueError as error:
+        warnings.warn(f"{error} The plan in the model's config is used.", stacklevel=5)
+        return None
+    if plan.hash == name:
+        return plan
+    warnings.warn(
+        f"{path} is another plan ({plan.hash[:12]}) than the one that cut this model ({name[:12]}), and is not used.",
+        stacklevel=5,
+    )
+    return None
+
+
+def _file(home: Path, config: Any, name: str) -> Path | None:
+    """A file beside the weights: in the directory that they came from, or in the Hub's cache of their repository."""
+    if home.is_dir():
+        return home / name if (home / name).is_file() else None
+    if not str(config._name_or_path):
+        return None
+    from transformers.utils import cached_file
+
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    options: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in quiet}
+    try:
+        found = cached_file(str(config._name_or_path), name, revision=config._commit_hash, **options)
+    except (OSError, ValueError):  # no name of a repository
+        return None
+    return Path(found) if found else None
+
+
+def _cuts(path: Path | None, name: str) -> tuple[dict[str, Any], ...]:
+    """The reports of the cuts that made up a plan; none where the file is missing."""
+    if path is None or not path.is_file():
+        return ()
+    found = read_json(path)
+    if found.get("plan") != name:
+        warnings.warn(
+            f"{path} belongs to another plan ({str(found.get('plan'))[:12]}) than this model ({name[:12]}) and is left "
+            "out.",
+            stacklevel=5,
+        )
+        return ()
+    return tuple(found.get("cuts", ()))
+
+
+# --- a plan in a config ----------------------------------------------------------------------------------------------
+
+
+def pack(plan: PruningPlan) -> dict[str, str]:
+    """A line a site: unit, how many there were, and the kept ones as bits (base64, the first unit the lowest bit)."""
+    return {
+        f"{site.stack}.{site.layer}.{site.kind}": f"{site.unit} {site.of} {_bits(site.of, site.kept)}"
+        for site in plan.sites
+    }
+
+
+def _bits(of: int, kept: tuple[int, ...]) -> str:
+    raw = bytearray((of + 7) // 8)
+    for unit in kept:
+        raw[unit // 8] |= 1 << unit % 8
+    return base64.b64encode(raw).decode()
+
+
+def unpack(model_type: str, packed: Mapping[str, str]) -> PruningPlan:
+    """What `pack` was given.
+
+    Raises:
+        ValueError: something else.
+
+    >>> plan = PruningPlan("bert", (SitePlan("encoder", 3, "ffn", "neuron", 12, (0, 2, 11)),))
+    >>> pack(plan)
+    {'encoder.3.ffn': 'neuron 12 BQg='}
+    >>> unpack("bert", pack(plan)) == plan
+    True
+    """
+    try:
+        return PruningPlan(model_type, tuple(_site(key, value) for key, value in packed.items()))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"The config's hf_prune.kept is no plan ({error}): it was edited or damaged. Load the model from what was "
+            "saved."
+        ) from error
+
+
+def _site(key: str, value: str) -> SitePlan:
+    (stack, layer, kind), (unit, of, bits) = key.split("."), value.split(" ")
+    try:
+        raw = base64.b64decode(bits, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{key}: {error}") from error
+    if len(raw) != (int(of) + 7) // 8:
+        raise ValueError(f"{key}: bits of {8 * len(raw)} units, not of {of}")
+    kept = tuple(8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1)
+    return SitePlan(stack, int(layer), kind, unit, int(of), kept)

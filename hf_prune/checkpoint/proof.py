@@ -1,0 +1,180 @@
+"""The proof that a checkpoint reloads: it is opened as users will, compared, and its files are fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy import probe_inputs, quiet
+from ..files import read_json, write_text
+from .convert import auto_classes
+from .history import PLAN_FILE, PROOF_ROWS, REPORT_FILE, record_of
+from .remote_code import CODE_FILE
+
+PROOF_FILE = "verified.json"  # what was proven to reload: the difference, and sha256 of all files of the save
+BASE = "base_model"  # beside adapters: the pruned weights that they belong to
+UNPROVEN = (PROOF_FILE, "README.md", "training_args.bin")  # of what a save writes: itself, a card, and a pickle
+LOADED = (  # names that from_pretrained looks for: what a checkpoint computes
+    "model.safetensors", "model-*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json",
+    "generation_config.json", "adapter_model*", "adapter_config.json", CODE_FILE, BASE, PLAN_FILE, REPORT_FILE,
+)  # fmt: skip
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a file of this name is part of a checkpoint, whoever wrote it."""
+    return name == PROOF_FILE or any(fnmatch(name, pattern) for pattern in LOADED)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> dict[str, Any]:
+    """A few rows to compare two forms of a model on: of `batches`, else those kept by prune(), else random ones."""
+    if batches:
+        if not isinstance(batches[0], Mapping) or not all(isinstance(v, torch.Tensor) for v in batches[0].values()):
+            raise ValueError("batches is a list of dicts of tensors for model(**batch), to compare the outputs on.")
+        known = inspect.signature(model.forward).parameters
+        return {k: v[:PROOF_ROWS].to(model.device) for k, v in batches[0].items() if k in known}
+    record = record_of(model)
+    if record is not None and record.batch is not None:
+        return {k: v.to(model.device) for k, v in record.batch.inputs.items()}
+    inputs = probe_inputs(model, 16, batch=2)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in inputs.items():
+        if value.is_floating_point():
+            inputs[key] = torch.randn(value.shape, generator=generator).to(value)
+        elif key.endswith("input_ids"):
+            value[:, :-1] = torch.randint(model.config.vocab_size, value[:, :-1].shape, generator=generator).to(value)
+    return inputs
+
+
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """In the precision of the weights, also where a Trainer has wrapped `forward` into another."""
+    wrapped = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None  # by accelerate
+    try:
+        with quiet(model), torch.no_grad():
+            output = model(**inputs)
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+    return [value.float().cpu() for value in output.to_tuple() if isinstance(value, torch.Tensor)]
+
+
+def prove(
+    model: PreTrainedModel,
+    directory: Path,
+    cls: type[PreTrainedModel] | None = None,
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    remote_code: bool = False,
+) -> float:
+    """Open a directory as users will and compare the outputs with those of the model in memory; say so in a file.
+
+    Returns:
+        The largest difference, relative to the largest value.
+
+    Raises:
+        RuntimeError: a difference beyond the dtype's rounding.
+    """
+    cls, inputs = cls or type(model), proof_inputs(model, batches)
+    opener: Any = cls
+    options: dict[str, Any] = {"dtype": model.dtype}
+    if remote_code:
+        import transformers
+
+        opener = getattr(transformers, auto_classes(cls)[0])
+        options["trust_remote_code"] = True
+    reloaded = _opened(opener, directory, options).to(model.device)
+    reloaded.set_attn_implementation(model.config._attn_implementation)
+    pairs = zip(_outputs(model, inputs), _outputs(reloaded, inputs), strict=True)
+    differences = [((a - b).abs().max() / a.abs().max().clamp_min(1.0)).item() for a, b in pairs]
+    worst = max(differences, default=float("nan"))
+    if not worst <= TOLERANCE.get(model.dtype, 1e-4):
+        raise RuntimeError(
+            f"The saved {cls.__name__} does not reproduce the model in memory: outputs differ by {worst:.2e} of their "
+            f"largest value (allowed {TOLERANCE.get(model.dtype, 1e-4):.0e}). Nothing was saved."
+        )
+    proof = {"difference": worst, "transformers": version("transformers"), "files": fingerprints(directory)}
+    write_text(directory / PROOF_FILE, json.dumps(proof, indent=1) + "\n")
+    return worst
+
+
+def _opened(opener: Any, directory: Path, options: Mapping[str, Any]) -> Any:
+    try:
+        return opener.from_pretrained(directory, **options)
+    except Exception as error:
+        raise RuntimeError(f"What was written does not open ({error!r}). Nothing was saved.") from error
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def fingerprints(directory: Path) -> dict[str, str]:
+    """sha256 by path of all that a save has written."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in UNPROVEN)
+    return {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def proven(directory: str | os.PathLike[str]) -> dict[str, str]:
+    """sha256 by path of the files that a save proved.
+
+    Raises:
+        ValueError: nothing was proven here.
+    """
+    path = Path(directory, PROOF_FILE)
+    if not path.is_file():
+        raise ValueError(f"{directory} was never proven to reload: save the model with hf_prune.save_pretrained.")
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path} names no files. Save the model again with hf_prune.save_pretrained.")
+    return files
+
+
+def verify(directory: str | os.PathLike[str]) -> float:
+    """Check that a saved checkpoint still is what was proven to reload. Reads every file once, and opens no model.
+
+    Returns:
+        The difference that the save found between the outputs of the reloaded model and of the one in memory, relative
+        to the largest.
+
+    Raises:
+        ValueError: it was never proven, or files were changed, lost or added since; the message names them.
+    """
+    home, files = Path(directory), proven(directory)
+    changed = [name for name, digest in files.items() if not (home / name).is_file() or _sha256(home / name) != digest]
+    changed += [path.name for path in home.iterdir() if is_loaded(path.name) and not _is_known(path.name, files)]
+    if changed:
+        raise ValueError(
+            f"{directory} is not what was proven to reload: {', '.join(sorted(changed))} changed since. Save the model "
+            "again with hf_prune.save_pretrained."
+        )
+    return float(read_json(home / PROOF_FILE).get("difference", float("nan")))
+
+
+def _is_known(name: str, files: Mapping[str, str]) -> bool:
+    return name == PROOF_FILE or any(path.split("/")[0] == name for path in files)
+
+
+def weights_id(directory: str | os.PathLike[str]) -> str:
+    """Names the weights that a save proved, by the sha256 of their files; "" where nothing was proven."""
+    files = proven(directory) if Path(directory, PROOF_FILE).is_file() else {}
+    parts = [f"{name} {digest}" for name, digest in sorted(files.items()) if name.endswith(".safetensors")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
