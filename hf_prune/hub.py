@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.history import PLAN_FILE
-from .checkpoint.proof import PROOF_FILE, proven, verify
-from .report.card import write_card
+from .checkpoint.proof import PROOF_FILE, checkpoint, proven, verify
+from .report.card import HUB_ID, write_card
 
 TRIES = 3  # of a commit, where the network fails; what was uploaded before is not sent again
 CARD = (  # goes with what was proven: the card and what its figures are read from
     "README.md", "pictures/*.png", "evaluation.json", "measurements.json", "measurements.md", "measurements.png",
-    "corners.json", "LICENSE*", PROOF_FILE,
+    "corners.json", "LICENSE", "LICENSE.txt", "LICENSE.md", PROOF_FILE,
 )  # fmt: skip
 SHOWN = 8  # names of what stays here
 WAIT = 2.0  # seconds before the second try, doubled for each that follows
@@ -50,7 +50,8 @@ def push(
         ValueError: a directory that was not proven to reload, that changed since, or with links that lead out of it.
         PermissionError: no token, or one that may not write there. ConnectionError: the Hub cannot be reached.
     """
-    directory = Path(directory)
+    directory = checkpoint(directory)
+    _check_names(repo, revision)
     verify(directory)
     if (directory / PLAN_FILE).is_file() and not (directory / "README.md").is_file():
         write_card(directory, name=repo)
@@ -64,6 +65,17 @@ def push(
     given: dict[str, Any] = {"repo_id": repo, "folder_path": directory, "revision": revision, "commit_message": message}
     given["allow_patterns"] = [escape(name) for name in sent]
     return str(_asked(repo, lambda: api.upload_folder(**given)).commit_url)
+
+
+def _check_names(repo: str, revision: str | None) -> None:
+    """Raise ValueError for names that the Hub cannot have, before a card is written with them."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(repo, str) or not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo={repo!r}: a repository of the Hub is owner/name.")
+    validate_repo_id(repo)
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise ValueError(f"revision={revision!r}: a branch has a name. Leave it out for main.")
 
 
 def _sent(directory: Path) -> list[str]:

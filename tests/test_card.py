@@ -176,7 +176,6 @@ def test_without_measurements_it_says_so(small):
 
 
 @ONE
-@pytest.mark.filterwarnings("ignore")  # of the ONNX exporter and torchao
 @pytest.mark.parametrize(
     ("engine", "packages", "reason"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,11 @@ from hf_prune.config import PruningConfig
 
 ALL = [name for names in CLASSES.values() for name in names]
 FIRST = [names[0] for names in CLASSES.values()]
+LOUD = (  # what transformers says of weights, and of head counts, that its own class does not build
+    r"RuntimeError: You set `ignore_mismatched_sizes` to `False`"
+    r"|ValueError: .*(is not a multiple of the number of attention heads|must be divisible by num_heads)"
+    r"|ValueError: config.n_heads \d+ must divide config"
+)
 SCRIPT = Path(__file__).with_name("reopen.py")
 
 
@@ -96,7 +102,8 @@ def test_other_shapes_fail_loudly_without_hf_prune(tmp_path):
             jobs.append(job(key, model, tmp_path / key))
     found = reopen(jobs, tmp_path, "blocked")
     assert differing({key: value for key, value in found.items() if forms[key] == "stock"}) == {}
-    assert {key: value for key, value in found.items() if forms[key] != "stock" and not isinstance(value, str)} == {}
+    quiet = {key: value for key, value in found.items() if forms[key] != "stock" and not re.match(LOUD, str(value))}
+    assert quiet == {}
     assert set(forms.values()) == {"stock", "uniform", "per_layer"}
 
 

@@ -34,13 +34,11 @@ def resolved(directory: str | os.PathLike[str]) -> Path:
     """The directory that a path means, links followed, if it can be replaced as a whole.
 
     Raises:
-        ValueError: the current directory, one that holds it, or a mount point.
+        ValueError: the current directory, one that holds it, a mount point, or no path that can be.
         FileExistsError: a file, or a path below a file. PermissionError: nothing may be written beside it.
         TypeError: no path.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"A directory is a path, got {type(directory).__name__}.")
-    target = Path(os.path.realpath(directory))
+    target = path_of(directory)
     if Path.cwd().is_relative_to(target):
         raise ValueError(
             f"{str(directory)!r} is the current directory or holds it, and cannot be replaced as a whole. Give a "
@@ -50,13 +48,29 @@ def resolved(directory: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{str(directory)!r} is a mount point and cannot be replaced as a whole. Give a directory inside it."
         )
-    there = next(path for path in (target, *target.parents) if path.exists())
+    there = next(path for path in (target, *target.parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
         raise FileExistsError(f"{there} is a file, and a checkpoint is a directory. Choose another, or remove it.")
     home = there.parent if there == target else there
     if not os.access(home, os.W_OK):
         raise PermissionError(f"Nothing may be written in {home}, where {str(directory)!r} is made. Choose another.")
     return target
+
+
+def path_of(directory: str | os.PathLike[str]) -> Path:
+    """Where a path leads: `~` and links followed.
+
+    Raises:
+        ValueError: no path that can be. TypeError: no path.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"A directory is a path, got {type(directory).__name__}.")
+    try:
+        path = Path(os.path.realpath(os.path.expanduser(directory)))
+        path.exists()  # asks the system about the name
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{os.fspath(directory)[:80]!r} cannot be a path: {error}.") from error
+    return path
 
 
 def refuse_full(directory: str | os.PathLike[str], overwrite: bool) -> Path:
@@ -84,7 +98,7 @@ def beside(target: Path) -> Iterator[Path]:
         target: as `resolved` gives it.
 
     Raises:
-        FileExistsError: another process is writing this directory.
+        FileExistsError: another process or thread is writing this directory.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target.parent)
@@ -142,13 +156,22 @@ def _open(target: Path, workshop: Path) -> int | None:
             workshop.mkdir()
         except FileExistsError:
             raise FileExistsError(
-                f"Another process is writing {target}. Wait for it, or write elsewhere. (If there is none, remove "
-                f"{workshop}: this file system knows no locks.)"
+                f"{target} is being written by another process or thread. Wait for it, or write elsewhere. (If there "
+                f"is none, remove {workshop}: this file system knows no locks.)"
             ) from None
         lock = _locked(workshop, wait=True)
-        if workshop.exists():
+        if _is_there(workshop, lock):
             return lock
         _close(lock)  # another process took it for a dead one's before it was locked
+
+
+def _is_there(workshop: Path, lock: int | None) -> bool:
+    """Whether a lock is on what now has the workshop's name."""
+    try:
+        there = workshop.stat()
+    except FileNotFoundError:
+        return False
+    return lock is None or os.path.samestat(there, os.fstat(lock))
 
 
 def _put(new: Path, target: Path, old: Path) -> None:
@@ -209,6 +232,12 @@ def clear(parent: Path) -> None:
         if lock is not None:
             _empty(workshop)
             _close(lock)
+
+
+def put_back(directory: Path) -> None:
+    """Give a directory its name again that was taken away in the first of the two steps of `_put`, by one now dead."""
+    if not directory.exists() and _workshop_of(directory).is_dir():
+        clear(directory.parent)
 
 
 def _empty(workshop: Path) -> None:

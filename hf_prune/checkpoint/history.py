@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..families import FAMILIES
 from ..files import read_json, write_text
 from ..plan import PruningPlan, SitePlan
-from .layout import HOME, KEY
+from .layout import HOME, KEY, entry_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"
 PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
+MEND = "Restore config.json, or delete both entries there to count from the model as it is."
 
 
 @dataclass
@@ -56,7 +58,7 @@ def record_of(model: PreTrainedModel) -> Record | None:
     """What an earlier prune() left: in this process, or in the config that the model was loaded with.
 
     Raises:
-        ValueError: the config's plan is damaged.
+        ValueError: the config's plan is damaged, or of a version to come.
     """
     if not hasattr(model, "_hf_prune") and model.config.__dict__.get(KEY):
         model._hf_prune = _read(model)  # type: ignore[assignment]
@@ -64,11 +66,12 @@ def record_of(model: PreTrainedModel) -> Record | None:
 
 
 def _read(model: PreTrainedModel) -> Record | None:
-    config, entry = model.config, model.config.__dict__[KEY]
-    home, name = Path(model.__dict__.get(HOME) or str(config._name_or_path)), str(entry.get("plan") or "")
+    entry, home = entry_of(model.config), model.__dict__.get(HOME)
+    name = str(entry.get("plan") or "")
     if not name:
         return None
-    plan = _beside(_file(home, config, PLAN_FILE), name) or _carried(config.model_type, entry, name)
+    model_type = model.config.model_type
+    plan = _beside(_file(home, model.config, PLAN_FILE), name, model_type) or _carried(model_type, entry, name)
     if plan is None:
         warnings.warn(
             f"This model was cut by the plan {name[:12]}, which is neither in its config nor beside its weights: what "
@@ -76,7 +79,7 @@ def _read(model: PreTrainedModel) -> Record | None:
             stacklevel=4,
         )
         return None
-    return Record(plan, None, _cuts(_file(home, config, REPORT_FILE), name))
+    return Record(plan, None, _cuts(_file(home, model.config, REPORT_FILE), name))
 
 
 def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPlan | None:
@@ -87,12 +90,18 @@ def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPla
     if plan.hash != name:
         raise ValueError(
             f"The config's hf_prune.kept is the plan {plan.hash[:12]}, its hf_prune.plan says {name[:12]}: one of them "
-            "was edited. Load the model from what was saved."
+            f"was edited. {MEND}"
         )
     return replace(plan, cost={key: entry[key] for key in ("before", "after") if key in entry})
 
 
-def _beside(path: Path | None, name: str) -> PruningPlan | None:
+def is_of(plan: PruningPlan, name: str, model_type: str) -> bool:
+    """Whether a plan is the one of this hash, made for this family or for one whose weights are saved as this one."""
+    door = FAMILIES[plan.model_type].as_model_type if plan.model_type in FAMILIES else None
+    return plan.hash == name and model_type in (plan.model_type, door)
+
+
+def _beside(path: Path | None, name: str, model_type: str) -> PruningPlan | None:
     """The plan in full, from beside the weights, where that is the one that cut them."""
     if path is None:
         return None
@@ -101,45 +110,53 @@ def _beside(path: Path | None, name: str) -> PruningPlan | None:
     except ValueError as error:
         warnings.warn(f"{error} The plan in the model's config is used.", stacklevel=5)
         return None
-    if plan.hash == name:
-        return plan
+    if is_of(plan, name, model_type):
+        return replace(plan, model_type=model_type)  # a Llama saved as Mistral is one
     warnings.warn(
-        f"{path} is another plan ({plan.hash[:12]}) than the one that cut this model ({name[:12]}), and is not used.",
+        f"{path} is another plan ({plan.hash[:12]}, of a {plan.model_type}) than the one that cut this {model_type} "
+        f"({name[:12]}), and is not used.",
         stacklevel=5,
     )
     return None
 
 
-def _file(home: Path, config: Any, name: str) -> Path | None:
+def _file(home: str | None, config: Any, name: str) -> Path | None:
     """A file beside the weights: in the directory that they came from, or in the Hub's cache of their repository."""
-    if home.is_dir():
-        return home / name if (home / name).is_file() else None
-    if not str(config._name_or_path):
+    origin = str(config._name_or_path)
+    path = Path(home or origin, name)
+    if path.is_file():
+        return path
+    if home or not origin:  # a directory that is gone, and never a repository
         return None
     from transformers.utils import cached_file
 
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in quiet}
     try:
-        found = cached_file(str(config._name_or_path), name, revision=config._commit_hash, **options)
+        found = cached_file(origin, name, revision=getattr(config, "_commit_hash", None), **options)
     except (OSError, ValueError):  # no name of a repository
         return None
     return Path(found) if found else None
 
 
 def _cuts(path: Path | None, name: str) -> tuple[dict[str, Any], ...]:
-    """The reports of the cuts that made up a plan; none where the file is missing."""
+    """The reports of the cuts that made up a plan; none where the file is missing, damaged, or of another plan."""
     if path is None or not path.is_file():
         return ()
-    found = read_json(path)
-    if found.get("plan") != name:
-        warnings.warn(
-            f"{path} belongs to another plan ({str(found.get('plan'))[:12]}) than this model ({name[:12]}) and is left "
-            "out.",
-            stacklevel=5,
-        )
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        warnings.warn(f"{error} The reports of earlier cuts are left out.", stacklevel=5)
         return ()
-    return tuple(found.get("cuts", ()))
+    cuts = found.get("cuts")
+    if found.get("plan") == name and isinstance(cuts, list) and all(isinstance(cut, dict) for cut in cuts):
+        return tuple(cuts)
+    warnings.warn(
+        f"{path} belongs to another plan ({str(found.get('plan'))[:12]}) than this model ({name[:12]}), or was edited, "
+        "and is left out.",
+        stacklevel=5,
+    )
+    return ()
 
 
 # --- a plan in a config ----------------------------------------------------------------------------------------------
@@ -176,8 +193,7 @@ def unpack(model_type: str, packed: Mapping[str, str]) -> PruningPlan:
         return PruningPlan(model_type, tuple(_site(key, value) for key, value in packed.items()))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"The config's hf_prune.kept is no plan ({error}): it was edited or damaged. Load the model from what was "
-            "saved."
+            f"The config's hf_prune.kept is no plan ({error}): it was edited or damaged. {MEND}"
         ) from error
 
 

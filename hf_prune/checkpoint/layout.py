@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,27 +25,40 @@ KEY = "hf_prune"  # of the entry in config.json
 HOME = "_hf_prune_home"  # attribute of a model: the directory that it was loaded from
 FORMS = ("stock", "uniform", "per_layer")
 RESTORE = "Restore config.json, or save the model again."
+BUILDING = threading.Lock()  # while a config that several threads may share is copied, or told what a class decided
+
+
+def entry_of(config: Any) -> Mapping[str, Any]:
+    """What a config says of the pruning; see `checked`."""
+    return checked(config.__dict__.get(KEY))
+
+
+def checked(entry: Any) -> Mapping[str, Any]:
+    """The entry of a config.json; empty where it says nothing.
+
+    Raises:
+        ValueError: an entry that this version of hf_prune does not understand.
+    """
+    if not entry:
+        return {}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"The config's {KEY!r} is {_short(entry)}; a mapping is needed. {RESTORE}")
+    if entry.get("format") != FORMAT or entry.get("shapes") not in FORMS:
+        raise ValueError(
+            f"This checkpoint has shapes {entry.get('shapes')!r} in format {entry.get('format')!r}; this hf_prune "
+            f"knows {', '.join(FORMS)} in format {FORMAT}. Upgrade hf_prune, or restore config.json."
+        )
+    return entry
 
 
 def needs_loader(config: Any) -> bool:
     """Whether the stock class would build other shapes than the config means.
 
     Raises:
-        ValueError: an entry that this version of hf_prune does not understand, or sizes that cannot be meant.
+        ValueError: see `entry_of`; stock shapes are anybody's, and open in every format.
     """
     entry = config.__dict__.get(KEY)
-    if not entry:
-        return False
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"The config's {KEY!r} is a {type(entry).__name__}; a mapping is needed. {RESTORE}")
-    if entry.get("shapes") == "stock":
-        return False
-    if entry.get("format") != FORMAT or entry.get("shapes") not in FORMS:
-        raise ValueError(
-            f"This checkpoint has shapes {entry.get('shapes')!r} in format {entry.get('format')!r}; this hf_prune "
-            f"knows {', '.join(FORMS)} in format {FORMAT}. Upgrade hf_prune, or restore config.json."
-        )
-    return True
+    return not (isinstance(entry, Mapping) and entry.get("shapes") == "stock") and bool(entry_of(config))
 
 
 def size_keys(family: Family) -> list[str]:
@@ -70,7 +84,7 @@ def site_values(site: Site) -> dict[str, int]:
 
 def dense_values(config: Any, family: Family) -> dict[str, Any]:
     """The size keys of the dense model: remembered from an earlier cut, else as they stand."""
-    return config.__dict__.get(KEY, {}).get("dense") or {key: raw(config, key) for key in size_keys(family)}
+    return entry_of(config).get("dense") or {key: raw(config, key) for key in size_keys(family)}
 
 
 def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None) -> str:
@@ -147,7 +161,7 @@ def planned_values(config: Any, site: Site) -> Mapping[str, int]:
     Raises:
         ValueError: it gives none.
     """
-    layers = config.__dict__.get(KEY, {}).get("layers")
+    layers = entry_of(config).get("layers")
     view = config.per_layer_config[site.layer] if config.is_heterogeneous else config
     values = layers.get(f"{site.stack}.{site.layer}.{site.kind}", {}) if layers else None
     found = {key: raw(view, key) if values is None else values.get(key) for key in site_values(site)}
@@ -162,19 +176,26 @@ def check_sizes(config: Any) -> None:
 
     Compared before anything is built: a size is a number in a file, and a wrong one eats memory.
     """
-    entry, keys = config.__dict__[KEY], size_keys(family_for(config.model_type))
-    dense = entry.get("dense")
-    if not isinstance(dense, Mapping) or not all(key in dense and _is_size(dense[key]) for key in keys):
+    entry, keys = entry_of(config), size_keys(family_for(config.model_type))
+    dense, layers = entry.get("dense"), entry.get("layers", {})
+    if not isinstance(dense, Mapping) or set(dense) != set(keys) or not all(map(_is_size, dense.values())):
         raise ValueError(f"The config's {KEY}.dense must give the sizes {', '.join(keys)}; it is {dense!r}. {RESTORE}")
-    told: dict[str, Any] = {"": {key: raw(config, key) for key in keys}, **(entry.get("layers") or {})}
+    if not isinstance(layers, Mapping) or not all(isinstance(values, Mapping) for values in layers.values()):
+        raise ValueError(f"The config's {KEY}.layers must give sizes by site; it is {_short(layers)}. {RESTORE}")
+    told = {"": {key: raw(config, key) for key in keys}, **layers}
     if config.is_heterogeneous:
         told |= {f"layer {layer}": values for layer, values in config._heterogeneity_spec.per_layer_overrides.items()}
     for where, values in told.items():
-        for key in keys if isinstance(values, Mapping) else ():
+        for key in keys:
             value = values.get(key)
             if not _is_size(value) or (value or 0) > (dense[key] or math.inf):
                 at = f" for {where}" if where else ""
-                raise ValueError(f"The config says {key}={value!r}{at}, of {dense[key]} when dense. {RESTORE}")
+                raise ValueError(f"The config says {key}={_short(value)}{at}, of {dense[key]} when dense. {RESTORE}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def _is_size(value: Any) -> bool:
@@ -204,7 +225,8 @@ def build_(model: Any, init: Callable[..., None], config: Any, *args: Any, **kwa
         init(config, *args, **kwargs)
         return
     check_sizes(config)
-    dense = dense_config(config)
+    with BUILDING:
+        dense = dense_config(config)
     init(dense, *args, **kwargs)
     _hand_over_(model, dense, config)
     for site in find_sites(model, family_for(config.model_type)):
@@ -215,7 +237,8 @@ def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
     """Give the model its own config in place of the dense copy, with what the stock class decided on the way."""
     pruned = {key: raw(config, key) for key in config.hf_prune["dense"]}
     decided = {key: value for key, value in dense.__dict__.items() if key not in pruned}
-    config.__dict__.update(decided)
+    with BUILDING:
+        config.__dict__.update(decided)
     for module in model.modules():
         held = getattr(module, "config", None)
         if held is dense:

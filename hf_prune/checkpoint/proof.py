@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..anatomy import probe_inputs, quiet
 from ..files import read_json, write_text
 from .convert import auto_classes
+from .directory import path_of, put_back
 from .history import PLAN_FILE, PROOF_ROWS, REPORT_FILE, record_of
 from .remote_code import CODE_FILE
 
@@ -41,11 +42,9 @@ def is_loaded(name: str) -> bool:
 
 def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> dict[str, Any]:
     """A few rows to compare two forms of a model on: of `batches`, else those kept by prune(), else random ones."""
-    if batches:
-        if not isinstance(batches[0], Mapping) or not all(isinstance(v, torch.Tensor) for v in batches[0].values()):
-            raise ValueError("batches is a list of dicts of tensors for model(**batch), to compare the outputs on.")
-        known = inspect.signature(model.forward).parameters
-        return {k: v[:PROOF_ROWS].to(model.device) for k, v in batches[0].items() if k in known}
+    if batches is not None:
+        known, first = inspect.signature(model.forward).parameters, _first(batches)
+        return {k: v[:PROOF_ROWS].to(model.device) for k, v in first.items() if k in known}
     record = record_of(model)
     if record is not None and record.batch is not None:
         return {k: v.to(model.device) for k, v in record.batch.inputs.items()}
@@ -55,8 +54,57 @@ def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Te
         if value.is_floating_point():
             inputs[key] = torch.randn(value.shape, generator=generator).to(value)
         elif key.endswith("input_ids"):
-            value[:, :-1] = torch.randint(model.config.vocab_size, value[:, :-1].shape, generator=generator).to(value)
+            value[..., :-1] = torch.randint(model.config.vocab_size, value[..., :-1].shape, generator=generator).to(
+                value
+            )
     return inputs
+
+
+def _first(batches: Any) -> Mapping[str, torch.Tensor]:
+    """The first of some batches.
+
+    Raises:
+        ValueError: none, or another form.
+    """
+    try:
+        first = None if isinstance(batches, Mapping | str) else next(iter(batches), None)
+    except TypeError:
+        first = None
+    if not isinstance(first, Mapping) or not first or not all(_has_rows(value) for value in first.values()):
+        raise ValueError(
+            "batches is a list of dicts of tensors for model(**batch), to compare the outputs on; got "
+            f"{type(batches).__name__}{'' if first is None else f' of {type(first).__name__}'}. Without it the save "
+            "chooses some itself."
+        )
+    return first
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) > 0
+
+
+def _expected(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What the model in memory gives.
+
+    Raises:
+        ValueError: it does not run.
+    """
+    try:
+        return _outputs(model, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on {', '.join(inputs) or 'nothing'}, to compare its outputs on "
+            f"({error!r}). Give batches=[...] that it runs on. Nothing was saved."
+        ) from error
+
+
+def _apart(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value; NaN where there is one, infinite for other shapes."""
+    if [value.shape for value in expected] != [value.shape for value in found]:
+        return float("inf")
+    pairs = zip(expected, found, strict=True)
+    each = [(a - b).abs().max() / a.abs().max().clamp_min(1.0) for a, b in pairs if a.numel()]
+    return float(torch.stack(each).max()) if each else float("nan")
 
 
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -84,9 +132,10 @@ def prove(
         The largest difference, relative to the largest value.
 
     Raises:
-        RuntimeError: a difference beyond the dtype's rounding.
+        ValueError: a model that does not run on the batches. RuntimeError: a difference beyond the dtype's rounding.
     """
     cls, inputs = cls or type(model), proof_inputs(model, batches)
+    expected = _expected(model, inputs)
     opener: Any = cls
     options: dict[str, Any] = {"dtype": model.dtype}
     if remote_code:
@@ -96,9 +145,7 @@ def prove(
         options["trust_remote_code"] = True
     reloaded = _opened(opener, directory, options).to(model.device)
     reloaded.set_attn_implementation(model.config._attn_implementation)
-    pairs = zip(_outputs(model, inputs), _outputs(reloaded, inputs), strict=True)
-    differences = [((a - b).abs().max() / a.abs().max().clamp_min(1.0)).item() for a, b in pairs]
-    worst = max(differences, default=float("nan"))
+    worst = _apart(expected, _outputs(reloaded, inputs))
     if not worst <= TOLERANCE.get(model.dtype, 1e-4):
         raise RuntimeError(
             f"The saved {cls.__name__} does not reproduce the model in memory: outputs differ by {worst:.2e} of their "
@@ -139,17 +186,41 @@ def proven(directory: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ValueError: nothing was proven here.
     """
-    path = Path(directory, PROOF_FILE)
+    return _proof(Path(directory))["files"]
+
+
+def _proof(home: Path) -> dict[str, Any]:
+    path = home / PROOF_FILE
     if not path.is_file():
-        raise ValueError(f"{directory} was never proven to reload: save the model with hf_prune.save_pretrained.")
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(f"{path} names no files. Save the model again with hf_prune.save_pretrained.")
-    return files
+        raise ValueError(f"{home} was never proven to reload: save the model with hf_prune.save_pretrained.")
+    proof = read_json(path)
+    files, difference = proof.get("files"), proof.get("difference")
+    if not isinstance(files, dict) or not files or not isinstance(difference, float | int):
+        raise ValueError(
+            f"{path} names no files, or no difference. Save the model again with hf_prune.save_pretrained."
+        )
+    return proof
+
+
+def checkpoint(directory: str | os.PathLike[str]) -> Path:
+    """A directory that is to be read.
+
+    Raises:
+        FileNotFoundError: there is none. NotADirectoryError: a file. ValueError, TypeError: no path.
+    """
+    home = path_of(directory)
+    put_back(home)
+    if not home.exists():
+        raise FileNotFoundError(f"{home}: no such directory. Give one that hf_prune saved.")
+    if not home.is_dir():
+        raise NotADirectoryError(f"{home} is a file. Give a directory that hf_prune saved.")
+    return home
 
 
 def verify(directory: str | os.PathLike[str]) -> float:
     """Check that a saved checkpoint still is what was proven to reload. Reads every file once, and opens no model.
+
+    A directory whose writer was stopped while it was replaced is put back first.
 
     Returns:
         The difference that the save found between the outputs of the reloaded model and of the one in memory, relative
@@ -157,8 +228,11 @@ def verify(directory: str | os.PathLike[str]) -> float:
 
     Raises:
         ValueError: it was never proven, or files were changed, lost or added since; the message names them.
+        FileNotFoundError, NotADirectoryError: no such directory. TypeError: no path.
     """
-    home, files = Path(directory), proven(directory)
+    home = checkpoint(directory)
+    proof = _proof(home)
+    files = proof["files"]
     changed = [name for name, digest in files.items() if not (home / name).is_file() or _sha256(home / name) != digest]
     changed += [path.name for path in home.iterdir() if is_loaded(path.name) and not _is_known(path.name, files)]
     if changed:
@@ -166,7 +240,7 @@ def verify(directory: str | os.PathLike[str]) -> float:
             f"{directory} is not what was proven to reload: {', '.join(sorted(changed))} changed since. Save the model "
             "again with hf_prune.save_pretrained."
         )
-    return float(read_json(home / PROOF_FILE).get("difference", float("nan")))
+    return float(proof["difference"])
 
 
 def _is_known(name: str, files: Mapping[str, str]) -> bool:

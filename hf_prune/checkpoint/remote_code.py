@@ -43,10 +43,28 @@ def _without_relative_imports(module: Any) -> str:
     return "\n".join(lines).strip()
 
 
-def add_code(model: PreTrainedModel, directory: Path) -> None:
-    cls = type(model)
+def coded_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that the file subclasses; of a model that was opened by such a file, the same.
+
+    Raises:
+        ValueError: a class of somebody else's, which the file would not hold.
+    """
+    import transformers
+
+    base = cls.__mro__[1] if cls.__module__.endswith(f".{Path(CODE_FILE).stem}") else cls
+    if getattr(transformers, base.__name__, None) is not base:
+        raise ValueError(
+            f"remote_code=True: the generated file subclasses a class of transformers, and {cls.__module__}."
+            f"{cls.__name__} is none. Save it without remote_code, or as its stock class."
+        )
+    return base
+
+
+def add_code(cls: type[PreTrainedModel], directory: Path) -> None:
+    """Write the file, and say in config.json which class of it opens the checkpoint."""
     (directory / CODE_FILE).write_text(code_for(cls))
     path = directory / "config.json"
     config = json.loads(path.read_text())
+    config["architectures"] = [cls.__name__]
     config["auto_map"] = {name: f"{Path(CODE_FILE).stem}.Pruned{cls.__name__}" for name in auto_classes(cls)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

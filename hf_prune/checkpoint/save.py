@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..anatomy import check_model
 from .convert import as_model_type
 from .directory import beside, refuse_full
 from .history import record_of
 from .proof import prove
-from .remote_code import add_code
+from .remote_code import add_code, coded_class
+
+KWARGS = ("max_shard_size", "save_original_format", "state_dict")
 
 
 def save_pretrained(
@@ -35,29 +38,53 @@ def save_pretrained(
         overwrite: replace a directory that is not empty.
         remote_code: add one generated file, so that the checkpoint opens with trust_remote_code without hf_prune.
         model_type: save the same weights as this stock family ("mistral" for a Llama with any head count).
-        kwargs: for `model.save_pretrained`.
+        kwargs: for `model.save_pretrained`: max_shard_size, state_dict, save_original_format.
 
     Returns:
         The largest difference between the outputs of the reloaded model and of the one in memory, relative to the
         largest output.
 
     Raises:
-        FileExistsError: the directory is not empty, or a file. ValueError: the model cannot be saved so, or the
-            directory cannot be replaced as a whole (the current one, a mount point).
+        FileExistsError: the directory is not empty, or a file. ValueError: the model cannot be saved so, does not run
+            on the batches, or the directory cannot be replaced as a whole (the current one, a mount point).
+        TypeError: a wrapper around a model, or another object than asked for.
         RuntimeError: the reloaded model gives other outputs; nothing is left under the final name.
     """
+    check_model(model)
+    _check_arguments(model, processing_class, kwargs)
     target = refuse_full(directory, overwrite)
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"save_pretrained takes a transformers PreTrainedModel, got {type(model).__name__}.")
     saved = model if model_type is None else as_model_type(model, model_type)
+    cls = coded_class(type(saved)) if remote_code else type(saved)
+    record = record_of(model)
     with beside(target) as temporary:
         saved.save_pretrained(temporary, **kwargs)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-        record = record_of(model)
         if record is not None:
             record.save(temporary)
         if remote_code:
-            add_code(saved, temporary)
-        difference = prove(model, temporary, type(saved), batches, remote_code)
+            add_code(cls, temporary)
+        difference = prove(model, temporary, cls, batches, remote_code)
     return difference
+
+
+def _check_arguments(model: PreTrainedModel, processing_class: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError for what would be saved otherwise than it is proven."""
+    others = sorted({*kwargs} - {*KWARGS})
+    if others:
+        raise ValueError(
+            f"save_pretrained does not take {', '.join(others)}; of model.save_pretrained's: {', '.join(KWARGS)}. The "
+            "weights are safetensors of the whole model; to upload them, use `hf-prune push` on what was saved."
+        )
+    if not isinstance(kwargs.get("state_dict", {}), Mapping):
+        raise TypeError(f"state_dict is a mapping of tensors, got {type(kwargs['state_dict']).__name__}.")
+    if processing_class is not None and not callable(getattr(processing_class, "save_pretrained", None)):
+        raise TypeError(
+            f"processing_class is a tokenizer or a processor, got {type(processing_class).__name__}, which has no "
+            "save_pretrained."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"This {type(model).__name__} has adapters, and transformers would save those alone. Merge them into the "
+            "weights, or take them away (model.delete_adapter)."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 from ..config import PruningConfig
@@ -17,10 +18,13 @@ def arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..anatomy import describe
     from ..checkpoint.history import PLAN_FILE
+    from ..checkpoint.proof import PROOF_FILE
     from ..report.anatomy import anatomy_rows, facts, reachable_rows, stock_note
     from ..report.engines import checkpoint_rows, engine_rows
     from ..report.table import console, rich_table
 
+    if Path(options.model, PLAN_FILE).is_file() or Path(options.model, PROOF_FILE).is_file():
+        _check(options.model)
     model = open_model(options)
     anatomy = describe(model)
     screen = console()
@@ -35,3 +39,15 @@ def run(options: argparse.Namespace) -> None:
         screen.print(rich_table(checkpoint_rows(options.model), title="What opens this checkpoint"))
     else:
         screen.print(rich_table(engine_rows(anatomy.model_type), title="What opens which result"))
+
+
+def _check(directory: str) -> None:
+    """Say where a checkpoint is not what was proven; raise ValueError where its config cannot be read."""
+    from ..checkpoint.proof import verify
+    from ..report.engines import config_of
+
+    config_of(directory)
+    try:
+        verify(directory)
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)

@@ -98,8 +98,14 @@ def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[
         row: dict[str, str] = {"shapes": shapes}
         for metric in ("macs", "params"):
             config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)
-            least = reachable(anatomy, config, default_align(anatomy, device))
             row["default units"] = ", ".join(choose_units(anatomy, config))
-            row[f"{metric} ({config.scope})"] = f"{least:.3f}"
+            row[f"{metric} ({config.scope})"] = _least(anatomy, config, default_align(anatomy, device))
         rows.append(row)
     return rows
+
+
+def _least(anatomy: Anatomy, config: PruningConfig, align: int) -> str:
+    try:
+        return f"{reachable(anatomy, config, align):.3f}"
+    except ValueError:  # its layers differ already, and share no count
+        return "none"

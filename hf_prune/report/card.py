@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint.history import PLAN_FILE, REPORT_FILE
+from ..checkpoint.history import PLAN_FILE, REPORT_FILE, is_of
 from ..checkpoint.layout import KEY
-from ..checkpoint.proof import weights_id
-from ..files import write_text
+from ..checkpoint.proof import PROOF_FILE, checkpoint, weights_id
+from ..files import read_json, write_text
 from ..plan import PruningPlan
 from . import plots
 from .corners import CORNERS_FILE, corner_line, corner_rows
-from .engines import checkpoint_rows, opened_by, opening_lines, task_of
+from .engines import checkpoint_rows, config_of, opened_by, opening_lines, task_of
 from .render import MEASUREMENTS, measured_rows, setting_line
 from .table import Row, count, markdown
 
@@ -42,15 +44,33 @@ class Evidence:
 
     def _json(self, name: str) -> Any:
         path = self.directory / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def _of_these_weights(self, name: str) -> Any:
         found = self._json(name)
         return found if found.get("weights") == weights_id(self.directory) else {}
 
+    @property
+    def there(self) -> list[str]:
+        """The files that hold the evidence."""
+        names = ("config.json", PLAN_FILE, REPORT_FILE, PROOF_FILE, EVALUATION, MEASUREMENTS, CORNERS_FILE)
+        return [name for name in names if (self.directory / name).is_file()]
+
+    def check(self) -> None:
+        """Raise ValueError for a file that is no JSON, or of another model than config.json; the message names it."""
+        for name in self.there:
+            self._json(name)
+        weights_id(self.directory)
+        named = self.summary.get("plan", self.plan.hash)
+        if not is_of(self.plan, named, self.config["model_type"]):
+            raise ValueError(
+                f"{self.directory / PLAN_FILE} is the plan {self.plan.hash[:12]} of a {line(self.plan.model_type)}; "
+                f"config.json is of a {self.config['model_type']} cut by {line(named)[:12]}. Restore it, or save again."
+            )
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        return self._json("config.json")
+        return config_of(self.directory)
 
     @cached_property
     def plan(self) -> PruningPlan:
@@ -80,7 +100,7 @@ class Evidence:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the config says of the pruning; nothing where all was kept."""
-        return self.config.get(KEY, {})
+        return self.config[KEY]
 
     @property
     def origin(self) -> str:
@@ -133,39 +153,76 @@ def write_card(
             here and on the base model's card; `tags` are added.
 
     Raises:
-        ValueError: no directory that hf_prune saved.
+        ValueError: no directory that hf_prune saved, or files in it that were edited. TypeError: a name is no word.
     """
-    directory = Path(directory)
+    directory = checkpoint(directory)
     if not (directory / PLAN_FILE).is_file() or not (directory / "config.json").is_file():
         raise ValueError(
             f"{directory} holds no pruned checkpoint (no {PLAN_FILE}): give a directory that hf_prune saved."
         )
+    for given in (name, base_model, note):
+        if not isinstance(given, str | None):
+            raise TypeError(f"name, base_model and note are words, got {type(given).__name__}.")
+    found = Evidence(directory)
+    found.check()
+    try:
+        card = _card(found, line(name or directory.name), line(base_model or found.base_model), note, metadata)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{directory}: the files that its card is made of ({', '.join(found.there)}) do not hold what hf_prune "
+            f"writes ({error!r}). Remove the one that was edited, or make it again."
+        ) from error
+    path = directory / "README.md"
+    write_text(path, f"{card}\n")
+    return path
+
+
+def _card(found: Evidence, name: str, base_model: str, note: str | None, metadata: Mapping[str, Any]) -> Any:
     from huggingface_hub import ModelCard
 
-    found = Evidence(directory)
-    name = name or directory.resolve().name
-    base_model = base_model or found.base_model
-    pictures = _draw(found)
-    card = ModelCard.from_template(
+    directory, pictures = found.directory, _draw(found)
+    return ModelCard.from_template(
         _metadata(found, name, base_model, metadata),
         template_path=str(TEMPLATE),
-        name=Path(name).name,
+        name=quoted(Path(name).name),
         headline=_headline(found, base_model),
         summary_table=markdown(summary_rows(found)),
-        opening_lines="\n".join(opening_lines(directory, name)),
+        opening_lines=fenced("\n".join(opening_lines(directory, name)), "python"),
         opened_by=f"Opens with {opened_by(directory)}.\n\n" + markdown(checkpoint_rows(directory)),
         speed=_speed(found, name),
         int8=_int8(found),
-        kept=_kept(found),
+        kept=fenced(found.plan.summary()),
         made=_made(found),
-        recipe=yaml.safe_dump(_recipe(found, base_model), sort_keys=False).strip(),
+        recipe=fenced(yaml.safe_dump(_recipe(found, base_model), sort_keys=False).strip(), "yaml"),
         limits=_limits(found, note),
         sources=_sources(found),
         **pictures,
     )
-    path = directory / "README.md"
-    write_text(path, f"{card}\n")
-    return path
+
+
+# --- strings from elsewhere ------------------------------------------------------------------------------------------
+
+
+def line(text: Any) -> str:
+    """In one line, of characters that a file can hold."""
+    return " ".join(str(text).encode(errors="replace").decode().split())
+
+
+def quoted(text: Any) -> str:
+    """As words of Markdown: no HTML, no link, no code, no end of a table's cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line(text), quote=False))
+
+
+def code(text: Any) -> str:
+    """In one line of code."""
+    return f"`{line(text).replace('`', chr(39))}`"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block that nothing in it can end."""
+    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -179,11 +236,11 @@ def _metadata(found: Evidence, name: str, base_model: str, given: Mapping[str, A
     results = [
         EvalResult(
             task_type=task or "other",
-            dataset_type=str(data["dataset"]),
-            dataset_name=str(data["dataset"]),
-            dataset_split=data.get("split"),
-            metric_type=metric,
-            metric_name=f"{metric}{label}",
+            dataset_type=line(data["dataset"]),
+            dataset_name=line(data["dataset"]),
+            dataset_split=line(data["split"]) if data.get("split") else None,
+            metric_type=line(metric),
+            metric_name=f"{line(metric)}{label}",
             metric_value=value,
         )
         for metric, (dense, pruned) in found.metrics().items()
@@ -201,7 +258,7 @@ def _metadata(found: Evidence, name: str, base_model: str, given: Mapping[str, A
         "tags": ["pruned", "structured-pruning", "hf_prune", *given.get("tags", ())],
     }
     given = {key: value for key, value in given.items() if value is not None and key != "tags"}
-    known = {"license": found.summary["license"]} if "license" in found.summary else {}
+    known = {"license": line(found.summary["license"])} if "license" in found.summary else {}
     carried = known if known or "license" in given or not base_model else _licence_of(base_model)
     return ModelCardData(**{**fields, **carried, **given})
 
@@ -222,10 +279,11 @@ def _licence_of(base_model: str) -> dict[str, str]:
 
 def _headline(found: Evidence, base_model: str) -> str:
     """What was lost and gained, in one sentence."""
-    text = f"**{Path(base_model or found.origin).name or 'The model'} with {found.share('macs_model'):.0%} of its"
-    text += f" multiply-adds and {found.share('params_model'):.0%} of its parameters"
+    name = quoted(Path(base_model or found.origin).name) or "The model"
+    text = f"**{name} with {found.share('macs_model'):.0%} of its multiply-adds and"
+    text += f" {found.share('params_model'):.0%} of its parameters"
     parts = [
-        f"{metric} {pruned:.4g}" + (f" (dense {dense:.4g})" if dense is not None else "")
+        f"{quoted(metric)} {pruned:.4g}" + (f" (dense {dense:.4g})" if dense is not None else "")
         for metric, (dense, pruned) in found.metrics().items()
     ]
     for at in found.measured[PRUNED]["latency"][:1] if found.measured else ():
@@ -235,7 +293,7 @@ def _headline(found: Evidence, base_model: str) -> str:
 
 def summary_rows(found: Evidence) -> list[Row]:
     rows: list[Row] = [
-        {"": f"{metric} ({_data(found.evaluation)})"}
+        {"": f"{quoted(metric)} ({_data(found.evaluation)})"}
         | {DENSE: "–" if dense is None else f"{dense:.4f}", PRUNED: f"{pruned:.4f}"}
         for metric, (dense, pruned) in found.metrics().items()
     ]
@@ -247,29 +305,33 @@ def summary_rows(found: Evidence) -> list[Row]:
 
 
 def _data(evaluation: Mapping[str, Any]) -> str:
-    rows = evaluation["rows"]
-    return f"{rows:,} rows of {evaluation['dataset']}" if rows else str(evaluation["dataset"])
+    rows, dataset = evaluation.get("rows"), quoted(evaluation["dataset"])
+    return f"{rows:,} rows of {dataset}" if rows else dataset
 
 
 def _speed(found: Evidence, name: str) -> str:
     if not found.measured:
-        return f"Not measured: `hf-prune bench DENSE {name} --out {name}`, then `hf-prune card {name}`."
-    notes = [f"The pruned model is {note}" for note in found.measured[PRUNED]["notes"]]
-    return "\n\n".join([markdown(measured_rows(found.measured)), setting_line(found.measured), *notes])
+        word = shlex.quote(name)
+        return (
+            f"Not measured: {code(f'hf-prune bench DENSE {word} --out {word}')}, then {code(f'hf-prune card {word}')}."
+        )
+    notes = [f"The pruned model is {quoted(note)}" for note in found.measured[PRUNED]["notes"]]
+    return "\n\n".join([_table(measured_rows(found.measured)), quoted(setting_line(found.measured)), *notes])
+
+
+def _table(rows: list[Row]) -> str:
+    """Of names and figures from a file."""
+    return markdown([{quoted(name): quoted(cell) for name, cell in row.items()} for row in rows])
 
 
 def _int8(found: Evidence) -> str:
-    tables = [f"{markdown(corner_rows(engine))}\n\n{corner_line(engine)}" for engine in found.corners]
+    tables = [f"{_table(corner_rows(engine))}\n\n{quoted(corner_line(engine))}" for engine in found.corners]
     return "\n\n".join(tables)
-
-
-def _kept(found: Evidence) -> str:
-    return f"```\n{found.plan.summary()}\n```"
 
 
 def _made(found: Evidence) -> str:
     cuts = "one cut" if len(found.cuts) < 2 else f"{len(found.cuts)} cuts"
-    text = f"By hf_prune {found.summary.get('version', version('hf-prune'))}, in {cuts}"
+    text = f"By hf_prune {quoted(found.summary.get('version', version('hf-prune')))}, in {cuts}"
     if found.cuts:
         seen = found.cuts[-1]["calibration"]
         each = "each " if len(found.cuts) > 1 else ""
@@ -289,9 +351,9 @@ def _limits(found: Evidence, note: str | None) -> str:
     ]
     worse = [m for m, (dense, pruned) in found.metrics().items() if dense is not None and _is_worse(m, dense, pruned)]
     if worse:
-        lines.append(f"- Lower quality than the dense model in: {', '.join(worse)}.")
+        lines.append(f"- Lower quality than the dense model in: {', '.join(map(quoted, worse))}.")
     if note:
-        lines.append(f"- {note}")
+        lines.append(f"- {quoted(note)}")
     return "\n".join(lines)
 
 
@@ -302,7 +364,7 @@ def _is_worse(metric: str, dense: float, pruned: float) -> bool:
 
 def _sources(found: Evidence) -> str:
     parts = {
-        EVALUATION: f"quality ({found.evaluation.get('command', '')})",
+        EVALUATION: f"quality ({quoted(found.evaluation.get('command', ''))})",
         MEASUREMENTS: "latency, sizes, memory",
         PLAN_FILE: "kept units",
         REPORT_FILE: "scores, settings, repairs",
@@ -351,9 +413,9 @@ def _tradeoff(found: Evidence) -> dict[str, Any] | None:
         return None
     at, metric = next(iter(models.values()))["latency"][0], everywhere[0]
     return {
-        "points": {n: (m["latency"][0]["median_ms"], m["metrics"][metric]) for n, m in models.items()},
-        "metric": metric,
-        "where": f"{engine}, {at['what']} {at['batch']} × {at['length']}",
+        "points": {plots.word(n): (m["latency"][0]["median_ms"], m["metrics"][metric]) for n, m in models.items()},
+        "metric": plots.word(metric),
+        "where": plots.word(f"{engine}, {at['what']} {at['batch']} × {at['length']}"),
     }
 
 
@@ -361,10 +423,10 @@ def _bars(found: Evidence) -> list[tuple[str, float, str]]:
     rows = []
     for metric, (dense, pruned) in found.metrics().items():
         if dense:
-            rows.append((metric, pruned / dense, f"{pruned:.4g} of {dense:.4g}"))
+            rows.append((plots.word(metric), pruned / dense, f"{pruned:.4g} of {dense:.4g}"))
     for title, key in (("multiply-adds", "macs_model"), ("parameters", "params_model")):
         rows.append((title, found.share(key), count(found.cost(key)[1])))
     for entry in found.measured.get(PRUNED, {}).get("latency", ()):
-        what = f"{entry['what']} {entry['batch']} × {entry['length']}"
+        what = plots.word(f"{entry['what']} {entry['batch']} × {entry['length']}")
         rows.append((what, 1 / entry["speedup"], f"{entry['median_ms']:.1f} ms, {entry['speedup']:.2f}×"))
     return rows

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.convert import auto_classes
-from ..checkpoint.layout import KEY
-from ..data import TASKS, WITHOUT_PIPELINE
+from ..checkpoint.layout import KEY, checked
+from ..checkpoint.proof import checkpoint
 from ..export.gguf import ARCHITECTURES
+from ..files import read_json
+from ..opening import TASKS, WITHOUT_PIPELINE
 from .table import Row
 
 NOT_RUN = "not run in our tests"
@@ -70,28 +71,56 @@ def engine_rows(model_type: str) -> list[Row]:
 
 def checkpoint_rows(directory: str | os.PathLike[str]) -> list[Row]:
     """What opens this checkpoint."""
-    config = _config(directory)
-    about = (config["model_type"], opened_by(directory) == PLAIN, config["architectures"][0])
+    config = config_of(directory)
+    about = (config["model_type"], opened_by(directory) == PLAIN, model_class(config).__name__)
     return [{"engine": e.name, "opens it": verdict(e, *about)} for e in ENGINES]
 
 
-def _config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    return json.loads((Path(directory) / "config.json").read_text())
+def config_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a checkpoint, whose model_type, class and pruning entry can be read.
+
+    Raises:
+        ValueError: one of them cannot. FileNotFoundError: no directory, or no config.json in it.
+    """
+    path = checkpoint(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Give a directory that hf_prune saved.")
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type, such as 'bert'. Restore it, or save the model again.")
+    model_class(config)
+    return {**config, KEY: checked(config.get(KEY))}
+
+
+def model_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config names, also where our generated file makes its own of it.
+
+    Raises:
+        ValueError: it names none.
+    """
+    import transformers
+
+    named = config.get("architectures")
+    name = named[0].removeprefix("Pruned") if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    found = getattr(transformers, name, None) if name else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(
+            f"config.json names the class {str(named)[:80]!r} (architectures), which transformers has not: one like "
+            "BertForSequenceClassification is needed. Restore it, or save the model again."
+        )
+    return found
 
 
 def opened_by(directory: str | os.PathLike[str]) -> str:
-    config = _config(directory)
-    if config.get(KEY, {}).get("shapes", "stock") == "stock":
+    config = config_of(directory)
+    if config[KEY].get("shapes", "stock") == "stock":
         return PLAIN
     return "transformers, trust_remote_code" if "auto_map" in config else "transformers + import hf_prune"
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
     """The Auto class for the head that a checkpoint has."""
-    import transformers
-
-    name = config["architectures"][0].removeprefix("Pruned")  # opened by remote code, and saved again
-    return auto_classes(getattr(transformers, name), config["model_type"])[0]
+    return auto_classes(model_class(config), config["model_type"])[0]
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
@@ -102,12 +131,13 @@ def task_of(config: Mapping[str, Any]) -> str | None:
 
 def opening_lines(directory: str | os.PathLike[str], name: str | None = None) -> list[str]:
     """Python that opens a saved model, called `name` where it is opened."""
-    config = _config(directory)
+    config = config_of(directory)
     door, auto, task = opened_by(directory), auto_class(config), task_of(config)
     task = None if task in WITHOUT_PIPELINE else task
     option = ", trust_remote_code=True" if door.endswith("trust_remote_code") else ""
-    name = name or str(directory)
+    shown = (name or str(directory)).encode(errors="replace").decode()
+    name = json.dumps(shown, ensure_ascii=False)  # quoted, in one line
     lines = ["import hf_prune"] if door.endswith("hf_prune") else []
     lines.append(f"from transformers import {auto}{', pipeline' if task else ''}")
-    lines.append(f'model = {auto}.from_pretrained("{name}"{option})')
-    return [*lines, f'pipe = pipeline("{task}", "{name}"{option})'] if task else lines
+    lines.append(f"model = {auto}.from_pretrained({name}{option})")
+    return [*lines, f'pipe = pipeline("{task}", {name}{option})'] if task else lines

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from ..allocate import default_align
-from ..anatomy import Anatomy, describe, quiet
+from ..anatomy import Anatomy, describe, positions, quiet
 from ..checkpoint.proof import weights_id
 from ..costs import dense_counts
 from ..costs import report as cost_report
@@ -71,15 +71,23 @@ def compare(
         shapes: (batch, length) pairs to time; empty to time nothing. Vision models take the length from the image.
         sequence_length: tokens per example at which MACs are counted.
         runs: timed runs per shape, after `warmup` untimed ones.
-        new_tokens: time prefill and so many tokens after it, too, where the model generates.
+        new_tokens: time prefill and so many tokens after it, too, where all of the models generate.
         compiled: time forward passes under torch.compile, too.
 
     Returns:
         By name what `measure` returns. Each latency entry says what was timed (forward, compiled forward, prefill, or
         decode: one token after `length` others), batch, length, runs, median_ms, p90_ms, p99_ms, tokens_per_second and
         its `speedup` over the first model.
+
+    Raises:
+        ValueError: unknown family, quantised weights; a shape longer than a model's positions; no runs.
     """
+    if runs < 1:
+        raise ValueError(f"runs={runs}: at least one is timed. To time nothing, give no shapes.")
     opened = {name: _open(model) for name, model in models.items()}
+    new_tokens = new_tokens if all(_generates(model) for model in opened.values()) else 0  # what all of them do
+    for name, model in opened.items():
+        _check_length(name, model, [length + new_tokens for _, length in shapes])
     rows = {name: _size(opened[name], model, sequence_length) for name, model in models.items()}
     with ExitStack() as quieted, torch.inference_mode():
         for model in opened.values():
@@ -103,7 +111,7 @@ def compare(
 def _open(model: Measurable) -> PreTrainedModel:
     if not isinstance(model, str | os.PathLike):
         return model
-    from ..data import load_model
+    from ..opening import load_model
 
     loaded: Any = load_model(os.fspath(model))
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,12 +165,22 @@ def directory_bytes(directory: str | os.PathLike[str]) -> int:
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
+def _generates(model: PreTrainedModel) -> bool:
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def _check_length(name: str, model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    limit = None if model.main_input_name == "pixel_values" else positions(model)
+    if limit is not None and max(lengths, default=0) > limit:
+        raise ValueError(f"{name}: {max(lengths)} tokens, new ones included, are more than its {limit} positions.")
+
+
 def _clock(model: PreTrainedModel, batch: int, length: int, new_tokens: int, compiled: bool) -> Clock:
     inputs = random_inputs(model, batch, length)
     clocks: list[Clock] = [partial(_forward, "forward", model, inputs)]
     if compiled:
         clocks.append(partial(_forward, "compiled forward", torch.compile(model), inputs))
-    if new_tokens and model.can_generate() and not model.config.is_encoder_decoder:
+    if new_tokens:
         clocks.append(partial(_generate, model, inputs, new_tokens))
     return lambda: {what: seconds for clock in clocks for what, seconds in clock().items()}
 

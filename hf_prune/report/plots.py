@@ -22,6 +22,11 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def word(text: Any) -> str:
+    """A name from a file as one line of a picture: matplotlib takes what stands between two $ for a formula."""
+    return " ".join(str(text).split()).replace("$", r"\$")
+
+
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
     try:
         import matplotlib
@@ -59,7 +64,7 @@ def kept_units(plan: PruningPlan, path: Path) -> None:
     figure, axes = _figure(len(groups), 4.2 * len(groups), max(2.6, 0.24 * depth + 1.2))
     for axis, ((stack, kind), sites) in zip(axes, groups.items(), strict=True):
         _heads(axis, sites) if sites[0].unit != "neuron" else _widths(axis, sites)
-        axis.set(ylabel="layer", title=f"{stack} {kind.replace('_', ' ')}" if kind != "ffn" else f"{stack} FFN")
+        axis.set(ylabel="layer", title=word(f"{stack} {kind.replace('_', ' ')}" if kind != "ffn" else f"{stack} FFN"))
         axis.set_yticks(range(0, len(sites), max(1, len(sites) // 15)))
         axis.set_ylim(len(sites) - 0.5, -0.5)
     _write(figure, path)
@@ -99,9 +104,9 @@ def scores(report: Mapping[str, Any], path: Path) -> None:
             shade = colormaps["viridis"](site["layer"] / max(len(sites) - 1, 1))
             values = site["quantiles"]
             axis.plot([i / (len(values) - 1) for i in range(len(values))], values, color=shade, linewidth=1)
-        axis.set(title=f"{stack} {kind}", xlabel="share of the units, ascending", ylabel="score")
+        axis.set(title=word(f"{stack} {kind}"), xlabel="share of the units, ascending", ylabel="score")
         axis.set_yscale("log")
-    figure.suptitle(f"{report['criterion']} scores; dark: first layers, light: last", fontsize=9)
+    figure.suptitle(f"{word(report['criterion'])} scores; dark: first layers, light: last", fontsize=9)
     _write(figure, path)
 
 

@@ -41,16 +41,16 @@ def _measured(directory: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from ..data import load_model, model_class
+    from ..anatomy import positions
     from ..latency import random_inputs
+    from ..opening import load_model, model_class
 
     model_class(AutoConfig.from_pretrained(directory))  # imports its modelling code
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     before = psutil.Process().memory_info().rss
     model: Any = load_model(directory).to(device)
     with torch.inference_mode():
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        model(**random_inputs(model, 1, min(LENGTH, longest)))
+        model(**random_inputs(model, 1, min(LENGTH, positions(model) or LENGTH)))
     _give_back()
     held = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss - before
     seconds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -28,9 +29,14 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 def markdown(rows: Sequence[Row]) -> str:
     names = columns(rows)
-    body = [[row.get(name, "–").replace("\n", " ") for name in names] for row in rows]
+    body = [[row.get(name, "–") for name in names] for row in rows]
     rule = [":--", *["--:" for _ in names[1:]]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [names, rule, *body])
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in [names, rule, *body])
+
+
+def _cell(text: str) -> str:
+    """In one line, without an end of the cell."""
+    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 
 def console() -> Console:
