@@ -7,6 +7,7 @@ their answer is exact; per-layer shapes thin the frontier and stay within a frac
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from .plan import PruningPlan, SiteKey, SitePlan
 from .sites import Site
 
 FRONTIER = 2048  # points kept of the cost-loss frontier while groups are merged
+FAR_BELOW = 0.9  # of what was to remain: a plan that leaves less of it says so
 NO_SAVING = 0.98  # of the latency: what measuring cannot tell from the dense model
 SHAPES: tuple[Shapes, ...] = ("stock", "uniform", "per_layer")
 Scores = Mapping[SiteKey, torch.Tensor]
@@ -154,6 +156,18 @@ def allocate(
     return _plan(anatomy, sites, config, costs, loss)
 
 
+def warn_if_far_below(kept: float, config: PruningConfig) -> None:
+    """Warn where less than `FAR_BELOW` of what was to remain does: a large step may lose less score than small ones."""
+    if kept >= FAR_BELOW * config.keep:
+        return
+    warnings.warn(
+        f"{kept:.3g} of the {config.metric} ({config.scope}) remains, where keep={config.keep:.3g} was asked for: of "
+        f"what units={config.units or 'None'} and shapes={config.shapes!r} allow, this loses the least score. Finer "
+        "steps: shapes='per_layer', a smaller align, or units=['neurons'].",
+        stacklevel=3,
+    )
+
+
 def reachable(anatomy: Anatomy, config: PruningConfig, align: int, measured: CostModel | None = None) -> float:
     """The least fraction of the cost that can remain with these units and shapes."""
     costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
@@ -246,17 +260,23 @@ def _grouped(anatomy: Anatomy, key: Callable[[Site], object]) -> list[list[Site]
 
 
 def _with_common_counts(groups: list[list[Site]], rankings: dict[SiteKey, Ranking]) -> dict[SiteKey, Ranking]:
-    """Rankings that offer what every site of their group can have (an earlier cut may have left unequal sites)."""
+    """Rankings that offer what every site of their group can have, in the same order.
+
+    Heads and KV heads are compared, not units: after an earlier cut a KV group may be one query head here, two there.
+    """
     found: dict[SiteKey, Ranking] = {}
     for members in groups:
-        offers = [rankings[site.key].counts for site in members]
-        common = tuple(count for count in offers[0] if all(count in offer for offer in offers))
+        offers = [{_absolute(site, rankings[site.key], c): c for c in rankings[site.key].counts} for site in members]
+        common = [count for count in offers[0] if all(count in offer for offer in offers)]
         if not common:
             raise ValueError(
                 f"{members[0].name} and the {len(members) - 1} sites that must match it differ already and share no "
                 "allowed count. Use shapes='per_layer', or a smaller align."
             )
-        narrowed = {id(r): replace(r, counts=common) for r in (rankings[site.key] for site in members)}
+        narrowed = {
+            id(rankings[site.key]): replace(rankings[site.key], counts=tuple(offer[count] for count in common))
+            for site, offer in zip(members, offers, strict=True)
+        }
         found.update({site.key: narrowed[id(rankings[site.key])] for site in members})
     return found
 

@@ -48,8 +48,11 @@ def describe(model: PreTrainedModel) -> Anatomy:
     """The anatomy of a live model. Runs it twice on a few dummy tokens to see which layers outside the blocks see them.
 
     Raises:
-        ValueError: unknown family; quantised, meta or sharded weights; a path of the row that does not resolve.
+        TypeError: no transformers model, or a wrapper of one.
+        ValueError: unknown family; adapters; quantised, meta or sharded weights; a path of the row that does not
+            resolve.
     """
+    check_model(model)
     family = family_for(model.config.model_type)
     check_weights(model)
     sites = find_sites(model, family)
@@ -70,8 +73,31 @@ def describe(model: PreTrainedModel) -> Anatomy:
     )
 
 
+WRAPPERS = {"_orig_mod": "torch.compile", "merge_and_unload": "peft", "module": "data parallelism"}
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError for all that is no transformers model; of a wrapper it says how to get at what it holds."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    door = next((door for door in WRAPPERS if isinstance(model, nn.Module) and hasattr(model, door)), None)
+    if door is None:
+        raise TypeError(f"hf_prune takes a transformers PreTrainedModel, got {name}. Open one with from_pretrained.")
+    inner = f"model.{door}{'()' if door == 'merge_and_unload' else ''}"
+    raise TypeError(f"{name} is a wrapper ({WRAPPERS[door]}) around a transformers model: hand over {inner}.")
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raise ValueError for weights that cannot be sliced: quantised, on the meta device, or sharded."""
+    """Raise ValueError for weights that cannot be sliced: with adapters, quantised, on the meta device, or sharded."""
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted} has an adapter, which a cut would not fit any more. Merge it into the weights first (peft: "
+            "model.merge_and_unload()), or take it away (model.delete_adapter)."
+        )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         raise ValueError(
             "The model is quantised; packed weights cannot be pruned. Load it without quantization_config, call "
@@ -174,11 +200,22 @@ def probe_inputs(model: PreTrainedModel, length: int, batch: int = 1) -> dict[st
         return {
             "pixel_values": torch.zeros(batch, config.num_channels, height, width, device=device, dtype=model.dtype)
         }
-    ids = torch.full((batch, length), min(5, config.vocab_size - 1), device=device)
+    choices = (1,) if "MultipleChoice" in type(model).__name__ else ()
+    ids = torch.full((batch, *choices, length), min(5, config.vocab_size - 1), device=device)
     eos = config.eos_token_id
     if isinstance(eos, int) and 0 <= eos < config.vocab_size:
-        ids[:, -1] = eos  # BART's classifier reads the hidden state of the last eos
+        ids[..., -1] = eos  # BART's classifier reads the hidden state of the last eos
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a text model has positions for; None where nothing says."""
+    found = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            padded = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
+            found.append(module.num_embeddings - padded)
+    return min((count for count in found if count), default=None)

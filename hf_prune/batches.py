@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 TARGETS = ("labels", "start_positions", "end_positions")
+LABEL_NAMES = {"label": "labels", "label_ids": "labels"}  # which transformers' collators rename, too
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
 BATCH_TOKENS = 2048  # of a batch drawn from a Dataset: a language model's logits are as wide as its vocabulary
 GUARD = 2  # the held-out set of examples of another source
@@ -34,6 +35,14 @@ class Batch:
     @property
     def size(self) -> int:
         return len(self.held_out)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens; 0 of pictures."""
+        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
+        if ids is None:
+            return 0
+        return int(mask.bool().sum()) if mask is not None and mask.shape == ids.shape else ids.numel()
 
 
 def draw(
@@ -59,7 +68,7 @@ def draw(
     def rows(source: Any, count: int) -> list[dict[str, torch.Tensor]]:
         if _is_dataset(source):
             return _collate(model, source, count, seed, processing_class, data_collator, batch_size)
-        return _pick_rows([_checked(batch) for batch in _iterate(source)], count, seed)
+        return _pick_rows([_checked(model, batch) for batch in _iterate(source)], count, seed)
 
     batches = rows(data, samples)
     total = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -69,11 +78,11 @@ def draw(
     for batch in batches:
         size = len(next(iter(batch.values())))
         held_out = (torch.arange(position, position + size) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-        drawn.append(prepare(model, batch, held_out.to(torch.int8)))
+        drawn.append(_positioned(model, prepare(model, batch, held_out.to(torch.int8))))
         position += size
     for batch in [] if guard is None else rows(guard, max(samples // GUARD_SHARE, 1)):
         size = len(next(iter(batch.values())))
-        drawn.append(prepare(model, batch, torch.full((size,), GUARD, dtype=torch.int8)))
+        drawn.append(_positioned(model, prepare(model, batch, torch.full((size,), GUARD, dtype=torch.int8))))
     return drawn
 
 
@@ -90,12 +99,38 @@ def _iterate(data: Any) -> Iterable[Any]:
     return data
 
 
-def _checked(batch: Any) -> dict[str, torch.Tensor]:
-    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} if isinstance(batch, Mapping) else {}
-    sizes = {len(v) for v in tensors.values() if v.dim()}
-    if not tensors or len(sizes) != 1:
-        raise ValueError("Each batch must be a dict of tensors that agree in their first axis (the examples).")
+def _checked(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a batch; labels under the name that models know."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"A batch is a {type(batch).__name__}; it must be a dict of tensors for model(**batch).")
+    named = {LABEL_NAMES.get(str(key), str(key)): value for key, value in batch.items() if value is not None}
+    known = {*inspect.signature(model.forward).parameters, *TARGETS}
+    wrong = [key for key, value in named.items() if key in known and not _is_readable(value)]
+    tensors = {key: value for key, value in named.items() if _is_readable(value) and value.dim()}
+    if wrong or not tensors or len({len(value) for value in tensors.values()}) != 1:
+        raise ValueError(
+            "Each batch must be a dict of real tensors that agree in their first axis (the examples); found "
+            f"{', '.join(f'{key}: {form(value)}' for key, value in named.items()) or 'nothing'}."
+        )
     return tensors
+
+
+def _is_readable(value: Any) -> bool:
+    """Whether a value is a tensor of numbers that are there; no examples are none too many."""
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.is_complex():
+        return False
+    return value.numel() > 0 or (value.dim() > 0 and len(value) == 0)
+
+
+def form(value: Any) -> str:
+    """Type and size, for an error.
+
+    >>> form(torch.zeros(2, 3))
+    'float32 [2, 3]'
+    """
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{'meta ' if value.is_meta else ''}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def even_positions(total: int, samples: int, seed: int) -> list[int]:
@@ -115,7 +150,7 @@ def _pick_rows(batches: list[dict[str, torch.Tensor]], samples: int, seed: int) 
     groups: dict[Any, list[dict[str, torch.Tensor]]] = {}
     for position in even_positions(len(owners), samples, seed):
         index, row = owners[position]
-        example = {key: value[row] for key, value in batches[index].items() if value.dim()}
+        example = {key: value[row] for key, value in batches[index].items()}
         shape = tuple((key, tuple(value.shape)) for key, value in example.items())
         groups.setdefault(shape, []).append(example)
     return [
@@ -135,11 +170,17 @@ def _collate(
     batch_size: int,
 ) -> list[dict[str, torch.Tensor]]:
     collator = data_collator or _default_collator(processing_class)
-    known = set(inspect.signature(model.forward).parameters) | {"label", "label_ids"}
-    keep = [name for name in data.column_names if name in known]
-    if not keep:
+    inputs = set(inspect.signature(model.forward).parameters) - {*TARGETS}
+    keep = [name for name in data.column_names if name in inputs | {*TARGETS, *LABEL_NAMES}]
+    if not inputs.intersection(keep):
         raise ValueError(
             f"The dataset's columns {data.column_names} hold no input of {type(model).__name__}; tokenise it first."
+        )
+    words = [name for name in keep if getattr(data.features[name], "dtype", "") in ("string", "large_string")]
+    if words:
+        raise ValueError(
+            f"The dataset's columns {words} hold strings, where {type(model).__name__} takes numbers: map labels by "
+            "model.config.label2id, and tokenise texts."
         )
     chosen = data.select(even_positions(len(data), samples, seed)).select_columns(keep)
     rows = sorted((chosen[i] for i in range(len(chosen))), key=_length)  # little padding
@@ -148,8 +189,7 @@ def _collate(
         if len(groups[-1]) == batch_size or (len(groups[-1]) + 1) * _length(row) > BATCH_TOKENS:
             groups.append([])
         groups[-1].append(row)
-    collated = (collator(group) for group in groups if group)
-    return [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in collated]
+    return [_checked(model, collator(group)) for group in groups if group]
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -184,14 +224,36 @@ def _is_seq2seq_lm(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    # transformers names no loss type for GPT2LMHeadModel and falls back to the causal one
+    named = getattr(model, "loss_type", None) == "ForCausalLM" or "LMHeadModel" in type(model).__name__
+    return named and not model.config.is_encoder_decoder
+
+
+def _positioned(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Left-padded texts of a language model get the positions that `generate` gives them: 0 at the first real token."""
+    mask = batch.inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask[:, 0].all() or not is_causal_lm(model):
+        return batch
+    if "position_ids" not in batch.inputs and "position_ids" in inspect.signature(model.forward).parameters:
+        batch.inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return batch
+
+
 def forward_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """Arguments for `model(**...)`: the inputs, without a cache."""
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return {**batch.inputs, **extra}
+    return {**batch.inputs, **({"use_cache": False} if _takes(model, "use_cache") else {})}
+
+
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model has an argument, or hands it on to the one inside its head."""
+    parameters = inspect.signature(model.forward).parameters
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (hands_on and name in inspect.signature(model.base_model.forward).parameters)
 
 
 def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor | None:
-    """True at real tokens [B*T] of a stack's side, padding excluded; None where there is no padding to know of."""
+    """True at real tokens [B*T] of a stack's side (several choices: [B*C*T]); None without padding to know of."""
     if stack == "decoder" and model.config.is_encoder_decoder:
         mask = batch.inputs.get("decoder_attention_mask")
         labels = batch.targets.get("labels")
@@ -201,4 +263,6 @@ def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor
             mask = batch.inputs.get("attention_mask")  # a classifier that feeds its input to both sides
     else:
         mask = batch.inputs.get("attention_mask")
-    return None if mask is None or mask.dim() != 2 else mask.flatten().bool()
+    if mask is None or (mask.dim() != 2 and mask.shape != getattr(batch.inputs.get("input_ids"), "shape", None)):
+        return None  # none, or one of pairs of tokens
+    return mask.flatten().bool()

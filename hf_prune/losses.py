@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from .batches import IGNORE, Batch
+from .batches import IGNORE, Batch, is_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,25 +21,20 @@ if TYPE_CHECKING:
 
 def has_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> bool:
     """Whether a task loss can be computed: a head and labels, or a causal LM."""
-    if model.get_output_embeddings() is None and not _has_task_head(model):
-        return False
-    return all(batch.targets for batch in batches) or _is_causal_lm(model)
+    return has_head(model) and (is_causal_lm(model) or any(batch.targets for batch in batches))
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model predicts something that labels could say."""
+    if model.get_output_embeddings() is not None:
+        return True
+    return model is not model.base_model or "For" in type(model).__name__
 
 
 def predicts_tokens(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether every token has a prediction of its own (language models, token labels), not the example."""
-    labels = _labels(model, batch)
+    labels = labels_of(model, batch)
     return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
-
-
-def _is_causal_lm(model: PreTrainedModel) -> bool:
-    # transformers names no loss type for GPT2LMHeadModel and falls back to the causal one
-    named = getattr(model, "loss_type", None) == "ForCausalLM" or "LMHeadModel" in type(model).__name__
-    return named and not model.config.is_encoder_decoder
-
-
-def _has_task_head(model: PreTrainedModel) -> bool:
-    return model is not model.base_model or "For" in type(model).__name__
 
 
 def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.Tensor:
@@ -53,10 +48,10 @@ def example_losses(model: PreTrainedModel, output: Any, batch: Batch) -> torch.T
         start = _cross_entropy(_real(output.start_logits, batch), targets["start_positions"])
         end = _cross_entropy(_real(output.end_logits, batch), targets["end_positions"])
         return (start + end) / 2
-    logits, labels = getattr(output, "logits", None), _labels(model, batch)
+    logits, labels = getattr(output, "logits", None), labels_of(model, batch)
     if logits is None or labels is None:
         raise ValueError(f"{type(model).__name__} with targets {sorted(targets)} gives no loss to score with.")
-    if _is_causal_lm(model):
+    if is_causal_lm(model):
         return _cross_entropy(logits[:, :-1], labels[:, 1:])
     if logits.dim() == 3:
         return _cross_entropy(logits, labels)
@@ -70,12 +65,12 @@ def predictions(model: PreTrainedModel, output: Any, batch: Batch) -> list[torch
     """
     if "start_positions" in batch.targets and hasattr(output, "start_logits"):
         return [_real(output.start_logits, batch), _real(output.end_logits, batch)]
-    logits, labels = output.logits, _labels(model, batch)
-    if _is_causal_lm(model) and labels is not None:
+    logits, labels = output.logits, labels_of(model, batch)
+    if is_causal_lm(model) and labels is not None:
         return [_labelled(logits[:, :-1], labels[:, 1:])]
     if logits.dim() == 3:
         return [_labelled(logits, labels) if labels is not None else logits.flatten(0, 1)]
-    problem = None if labels is None else _problem(model, logits, labels)
+    problem = None if labels is None else problem_of(model, logits.shape[-1], labels)
     if problem == "multi_label_classification":
         return [torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1)]
     return [logits.reshape(-1, 1) if problem == "regression" else logits]
@@ -96,15 +91,15 @@ def with_drawn_labels(model: PreTrainedModel, output: Any, batch: Batch, generat
     if "start_positions" in batch.targets and hasattr(output, "start_logits"):
         logits = {"start_positions": output.start_logits, "end_positions": output.end_logits}
         return replace(batch, targets={key: _draw(_real(value, batch), generator) for key, value in logits.items()})
-    logits, labels = output.logits.detach(), _labels(model, batch)
+    logits, labels = output.logits.detach(), labels_of(model, batch)
     if labels is None:
         raise ValueError(f"{type(model).__name__} with targets {sorted(batch.targets)} gives no loss to score with.")
-    if _is_causal_lm(model):
+    if is_causal_lm(model):
         following = torch.cat([labels[:, :1], _draw(logits[:, :-1], generator)], 1)
         return replace(batch, targets={"labels": following.masked_fill(labels == IGNORE, IGNORE)})
     if logits.dim() == 3:
         return replace(batch, targets={"labels": _draw(logits, generator).masked_fill(labels == IGNORE, IGNORE)})
-    problem = _problem(model, logits, labels)
+    problem = problem_of(model, logits.shape[-1], labels)
     if problem == "regression":
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
         drawn = (logits.float() + noise * math.sqrt(0.5)).view(
@@ -124,13 +119,20 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return drawn.view(logits.shape[:-1]).to(logits.device)
 
 
-def _labels(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
-    """The labels; those of a causal LM are its inputs where none are given."""
-    labels = batch.targets.get("labels")
-    if labels is not None or not _is_causal_lm(model):
+def labels_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
+    """The labels, without those of padding; those of a causal LM are its inputs where none are given.
+
+    What follows left padding is no label either: it would be predicted from padding.
+    """
+    labels, mask, is_causal = batch.targets.get("labels"), batch.inputs.get("attention_mask"), is_causal_lm(model)
+    if labels is None and is_causal:
+        labels = batch.inputs.get("input_ids")
+    if labels is None or mask is None or labels.shape != mask.shape or "decoder_input_ids" in batch.inputs:
         return labels
-    ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
-    return ids if mask is None else ids.masked_fill(mask == 0, IGNORE)
+    padded = mask == 0
+    if is_causal:
+        padded = padded | functional.pad(padded[:, :-1], (1, 0), value=False)
+    return labels.masked_fill(padded, IGNORE)
 
 
 def _real(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -148,18 +150,19 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum(1) / (labels.view(len(labels), -1) != IGNORE).sum(1).clamp_min(1)
 
 
-def _problem(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor) -> str:
+def problem_of(model: PreTrainedModel, classes: int, labels: torch.Tensor) -> str:
+    """What a head with one output an example learns, in transformers' words."""
     if model.config.problem_type is not None:
         return model.config.problem_type
-    if logits.shape[-1] == 1:
+    if classes == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def _sequence_loss(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    problem = _problem(model, logits, labels)
+    problem = problem_of(model, logits.shape[-1], labels)
     if problem == "regression":
         return (logits - labels.float().view_as(logits)).square().mean(1)
     if problem == "multi_label_classification":
         return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1)
-    return _cross_entropy(logits, labels.view(-1))
+    return _cross_entropy(logits, labels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -18,19 +19,20 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from . import layerwise
-from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of
+from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of, warn_if_far_below
 from .anatomy import Anatomy, describe, quiet
 from .batches import GUARD, Batch, draw, forward_inputs, token_mask
 from .calibrate import ALONE, Ranks, statistics
 from .checkpoint.history import PROOF_ROWS, Record, pack, record_of
 from .checkpoint.layout import KEY, configs_of, write_
-from .config import PruningConfig
+from .checks import check_inputs, fit_labels
+from .config import PruningConfig, config_or
 from .costs import dense_counts, planned_counts
 from .costs import report as cost_report
 from .importance import CRITERIA, Criterion, SiteStatistics
 from .latency import LatencyTable, Watch, latency_table
-from .losses import has_loss, predicts_tokens
-from .plan import PruningPlan, SiteKey
+from .losses import has_head, has_loss, predicts_tokens
+from .plan import PruningPlan, SiteKey, must_be_plan
 from .sequential import StackRepair
 from .sites import Site
 from .surgery import cut_, kept_columns
@@ -88,7 +90,12 @@ class Analysis:
         Raises:
             ValueError: not reachable, or a plan for another model; then nothing has changed.
         """
-        return apply(model, self, plan or self.plan(keep))
+        if plan is None:
+            plan = self.plan(keep)
+            warn_if_far_below(plan.cost["keep"], self.config if keep is None else replace(self.config, keep=keep))
+        must_be_plan(plan)
+        _check_plan(describe(model), plan)
+        return apply(model, self, plan)
 
 
 def analyze(
@@ -110,7 +117,7 @@ def analyze(
         ValueError: see `prune`.
     """
     started = time.perf_counter()
-    config = config or PruningConfig()
+    config = config_or(config)
     anatomy = describe(model)
     align = config.align or default_align(anatomy, model.device.type)
     _check_repair(anatomy, config)
@@ -130,7 +137,7 @@ def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = Fals
     criterion = CRITERIA[str(config.criterion)]
     units = choose_units(anatomy, config)
     sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
-    scored = [batch for batch in analysis.batches if (batch.held_out < GUARD).all()]
+    scored = _scored(analysis.batches)
     wanted = replace(criterion, needs=("gradients",)) if only_tokens else criterion
     for site, found in statistics(model, anatomy.sites, sizes, scored, wanted, config.calibration_seed, ranks):
         if found.tokens is not None:
@@ -139,11 +146,29 @@ def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = Fals
             analysis.scores[site.key] = _score(site, criterion, found, model.dtype)
         if found.gate is not None:
             analysis.gates[site.key] = found.gate
+    _check_scores(analysis)
+
+
+def _check_scores(analysis: Analysis) -> None:
+    """Raise ValueError where no site's scores tell one unit from another."""
+    several = [score for score in analysis.scores.values() if len(score) > 1]
+    if several and all(bool((score == score[0]).all()) for score in several):
+        raise ValueError(
+            f"All {analysis.config.criterion} scores are equal ({float(several[0][0]):.3g}): they tell no unit from "
+            "another. Check that the model is trained and that labels and tokens are real, or use another criterion."
+        )
 
 
 def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, data_collator: Any, guard: Any) -> Any:
     samples, seed = config.calibration_samples, config.calibration_seed
-    return draw(model, data, samples, seed, processing_class, data_collator, guard=guard)
+    batches = draw(model, data, samples, seed, processing_class, data_collator, guard=guard)
+    check_inputs(model, batches)
+    return batches
+
+
+def _scored(batches: Sequence[Batch]) -> list[Batch]:
+    """All but those of another source, which only guard."""
+    return [batch for batch in batches if (batch.held_out < GUARD).all()]
 
 
 def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -189,8 +214,9 @@ def prune(
         analysis = analyze(
             model, data, config, processing_class=processing_class, data_collator=data_collator, guard=guard
         )
-        return apply(model, analysis)
-    config = config or PruningConfig.from_dict(plan.config)
+        return analysis.cut_(model)
+    must_be_plan(plan)
+    config = config_or(config, lambda: PruningConfig.from_dict(plan.config))
     anatomy = describe(model)
     _check_plan(anatomy, plan)
     _check_repair(anatomy, config)
@@ -198,6 +224,7 @@ def prune(
     analysis = Analysis(anatomy, config, batches, config.align or 1)
     by_loss = config.criterion is not None and CRITERIA[config.criterion].needs_loss
     if config.repair == "least_squares" and by_loss and has_loss(model, batches):
+        fit_labels(model, _scored(batches))
         _score_(model, analysis, only_tokens=True)
     return apply(model, analysis, plan)
 
@@ -213,7 +240,7 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
     watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
     report = _report(analysis, plan)
     layers = {site.path: model.get_submodule(site.path) for site in anatomy.sites}
-    modules = [module for layer in layers.values() for module in layer.modules()]
+    modules = [model, *(module for layer in layers.values() for module in layer.modules())]
     with quiet(model), undone_on_error(modules, configs_of(model)):
         started = time.perf_counter()
         if not plan.is_identity:
@@ -222,8 +249,8 @@ def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None =
         report["seconds"]["cut_and_repair"] = time.perf_counter() - started
         if watch is not None:
             report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
-    cuts = (*(earlier.cuts if earlier else ()), report)
-    model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
+        cuts = (*(earlier.cuts if earlier else ()), report)
+        model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
     return PruneResult(model, plan, analysis.scores, report)
 
 
@@ -252,7 +279,7 @@ def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
         "criterion": analysis.config.criterion,
         "calibration": {
             "rows": sum(batch.size for batch in analysis.batches),
-            "tokens": sum(int(batch.inputs.get("attention_mask", torch.zeros(0)).sum()) for batch in analysis.batches),
+            "tokens": sum(batch.tokens for batch in analysis.batches),
         },
         "scores": _quantiles(analysis.scores),
         "repairs": [],
@@ -265,6 +292,7 @@ def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
 
 
 def _check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
+    must_be_plan(plan)
     plan.check(anatomy.model_type, anatomy.sizes)
     for site in anatomy.sites:
         kept_columns(site, plan[site.key].unit, plan[site.key].kept)  # raises for heads unevenly over their groups
@@ -295,17 +323,28 @@ def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table:
 
 
 def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
+    """The criterion asked for, or the one for this model and data; labels fitted where it reads them."""
+    batches, asked = _scored(batches), config.criterion
     loss = has_loss(model, batches)
-    if config.criterion is None:
-        by_token = any(predicts_tokens(model, batch) for batch in batches)
-        return "hessian" if not loss else "fisher_obs_root" if by_token else "fisher_obs"
-    if CRITERIA[config.criterion].needs_loss and not loss:
+    if asked is not None and CRITERIA[asked].needs_loss and not loss:
         raise ValueError(
-            f"criterion={config.criterion!r} needs a loss, and {type(model).__name__} with targets "
+            f"criterion={asked!r} needs a loss, and {type(model).__name__} with targets "
             f"{sorted(batches[0].targets)} has none. Give labels and a model with a head, or use criterion='hessian' "
             "(or None, which picks it)."
         )
-    return config.criterion
+    if loss and (asked is None or CRITERIA[asked].needs_loss):
+        fit_labels(model, batches)
+    if asked is not None:
+        return asked
+    if loss:
+        return "fisher_obs_root" if any(predicts_tokens(model, batch) for batch in batches) else "fisher_obs"
+    if has_head(model):
+        warnings.warn(
+            f"No labels: what {type(model).__name__} predicts is not looked at, units are scored by 'hessian'. Give "
+            "labels, or criterion='hessian' if that is meant.",
+            stacklevel=4,
+        )
+    return "hessian"
 
 
 # --- cut and repair --------------------------------------------------------------------------------------------------

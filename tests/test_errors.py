@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import changed, cut_everywhere, cut_tiny, distance, outputs, rows, snapshot, tiny, tiny_batch
+from tiny import changed, cut, cut_everywhere, cut_tiny, distance, outputs, rows, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
 from hf_prune.sites import consumer
@@ -25,11 +25,11 @@ def bert():
 
 def refused(model, match, config=None, data=None, **more):
     """prune() raises, and nothing about the model has changed."""
-    before = snapshot(model)
+    before, record = snapshot(model), getattr(model, "_hf_prune", None)
     with pytest.raises(ValueError, match=match):
         prune(model, [tiny_batch(model)] if data is None else data, config, **more)
     assert list(changed(before, model)) == []
-    assert not hasattr(model, "_hf_prune")
+    assert getattr(model, "_hf_prune", None) is record
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_data_in_another_form(bert, data):
 
 @pytest.mark.parametrize("batch", [{}, {"input_ids": [1, 2]}, [1, 2], {"a": torch.ones(3), "b": torch.ones(4)}])
 def test_batches_in_another_form(bert, batch):
-    refused(bert, "dict of tensors", PruningConfig(keep=0.95), [batch])
+    refused(bert, "dict of (real )?tensors", PruningConfig(keep=0.95), [batch])
 
 
 def test_dataset_without_known_columns(bert):
@@ -170,18 +170,41 @@ def test_heads_of_a_stock_bert(bert):
     refused(bert, r"stock bert config cannot say another head count", PruningConfig(keep=0.9, units=["heads"]))
 
 
+def unequal_llama():
+    """One of two KV groups in the first layer, both in the second; 30 and 40 neurons."""
+    from hf_prune.plan import SitePlan
+
+    model = tiny("LlamaForCausalLM")
+    kept = {"attention": [(1,), (0, 1)], "ffn": [range(30), range(40)]}
+    sites = [
+        SitePlan(*s.key, *(("kv_group", 2) if s.is_attention else ("neuron", 48)), tuple(kept[s.kind][s.layer]))
+        for s in describe(model).sites
+    ]
+    return cut(model, PruningPlan("llama", tuple(sites)))
+
+
 @pytest.mark.parametrize("shapes", ["stock", "uniform"])
-def test_equal_shapes_for_a_model_whose_layers_already_differ(shapes):
-    """Its layers can never get equal counts by cutting some widths alike: an error that names per_layer, or a plan."""
-    model = cut_tiny("LlamaForCausalLM", "per_layer")
-    before = snapshot(model)
-    try:
-        result = prune(model, [tiny_batch(model)], PruningConfig(keep=0.7, shapes=shapes, repair="none"))
-        widths = {len(site.kept) for site in result.plan.sites if site.unit == "neuron"}
-        assert len(widths) == 1
-    except ValueError as error:
-        assert "per_layer" in str(error)  # noqa: PT017  both ends are right; only a numpy message is not
-        assert list(changed(before, model)) == []
+def test_layers_that_differ_are_made_equal(shapes):
+    model = unequal_llama()
+    prune(model, [tiny_batch(model)], PruningConfig(keep=0.7, shapes=shapes, repair="none"))
+    sites = describe(model).sites
+    assert len({site.columns for site in sites if not site.is_attention}) == 1
+    assert len({(site.heads, site.kv_heads) for site in sites if site.is_attention}) == 1
+    assert not model.config.to_dict().get("per_layer_config")
+
+
+@pytest.mark.parametrize(("units", "site"), [(["neurons"], "attention"), (["kv_groups"], "ffn")])
+@pytest.mark.parametrize("shapes", ["stock", "uniform"])
+def test_layers_that_differ_in_what_is_not_cut(shapes, units, site):
+    config = PruningConfig(keep=0.85, shapes=shapes, units=units, repair="none")
+    refused(unequal_llama(), rf"layer 0 {site} and the 1 sites that must match it differ already.*per_layer", config)
+
+
+@pytest.mark.parametrize("shapes", ["stock", "uniform"])
+def test_kv_groups_of_different_sizes_are_no_equal_counts(shapes):
+    """One group of one head and one of two: the same count of groups, but no config of one head count."""
+    config = PruningConfig(keep=0.7, shapes=shapes, repair="none")
+    refused(cut_tiny("LlamaForCausalLM", "per_layer"), r"attention and the 1 sites.*differ already.*per_layer", config)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +315,7 @@ def test_overwrite_replaces(cut_bert, tmp_path):
 
 
 def half_a_save(directory, **_):
-    os.makedirs(directory)
+    os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, "model.safetensors"), "wb") as file:
         file.write(b"half")
     raise OSError(28, "No space left on device")
@@ -391,7 +414,7 @@ def test_mistral_needs_equal_layers(tmp_path):
 
 
 def test_only_transformers_models(tmp_path):
-    with pytest.raises(ValueError, match="PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match=r"takes a transformers PreTrainedModel, got .*Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")
 
 

@@ -20,6 +20,9 @@ from hf_prune.sites import readers
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens:UserWarning")
 
 
+POST_NORM = ("bert", "roberta", "electra", "distilbert", "bart")
+
+
 def only(plan: PruningPlan, what: str) -> PruningPlan:
     """The plan with all but the sites of one sort left whole."""
     keeps = {"heads": lambda site: site.unit == "neuron", "neurons": lambda site: site.unit != "neuron"}.get(what)
@@ -99,3 +102,25 @@ def test_what_a_sublayer_reads_is_set_right(family: str) -> None:
                 assert now < (error / 2 if site is sites[0] else error), path
             changed = {name for name, value in layers[0].state_dict().items() if not torch.equal(value, others[name])}
             assert {name.rpartition(".")[0] for name in changed} == set(before)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((name, {}) for name in FAMILY_NAMES), ("opt", {"do_layer_norm_before": False})]
+)
+def test_the_last_target_of_a_layer_is_what_the_layer_gives(family: str, changes: dict[str, bool]) -> None:
+    """Before the norm that ends it, in post-LN layers: OPT's config chooses between the two."""
+    model = tiny_model(family, **changes)
+    anatomy = describe(model)
+    stack = anatomy.sites[0].stack
+    batches = draw(model, [tiny_batch(model, batch=10, padded=False)], samples=10, seed=0)
+    layers, here = _layers(model, anatomy, stack), _by_layer(anatomy, stack)[0]
+    with quiet(model), torch.no_grad():
+        dense = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
+        masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
+        work = StackRepair(cut_everywhere(anatomy), "least_squares", dense, dense.copy(), masks, held_out)
+        _, targets = work._advance_dense(0, layers[0], here)
+        last = here[-1]
+        target = targets[last.kind][0].view_as(dense.states[0])
+        given = layers[0].get_submodule(last.row.norm)(target) if last.row.norm_place == "after" else target
+    torch.testing.assert_close(given, dense.states[0], rtol=1e-4, atol=1e-4)
+    assert (last.row.norm_place == "after") == (family in POST_NORM or bool(changes))
