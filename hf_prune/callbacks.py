@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from .allocate import allocate, choose_units, default_align, unit_of
 from .anatomy import Anatomy, describe
+from .arguments import check_kind
 from .calibrate import Ranks, gate_hook
 from .config import PruningConfig
 from .importance import CRITERIA
@@ -35,10 +36,11 @@ class PruningCallback(TrainerCallback):
 
     Raises:
         ValueError: a schedule that does not reach `keep` before the training ends, or a criterion other than fisher;
-            all before the first step.
+            all before the first step. TypeError: no PruningConfig.
     """
 
     def __init__(self, pruning: PruningConfig, begin: float = 0.1, end: float = 0.7, every: int = 20) -> None:
+        check_kind("pruning", pruning)
         if pruning.criterion not in (None, "fisher"):
             raise ValueError(
                 f"criterion={pruning.criterion!r}: PruningCallback scores by the gradients of training steps, which is "
@@ -46,9 +48,11 @@ class PruningCallback(TrainerCallback):
             )
         if pruning.metric == "latency":
             raise ValueError("metric='latency': PruningCallback counts 'macs' or 'params'; use PruningTrainer.")
-        if not 0 <= begin < end <= 1 or every < 1:
+        are_numbers = all(type(value) in (int, float) for value in (begin, end)) and type(every) is int
+        if not are_numbers or not 0 <= begin < end <= 1 or every < 1:
             raise ValueError(
-                f"begin={begin}, end={end}, every={every}: 0 <= begin < end <= 1 and every >= 1 must hold."
+                f"begin={begin!r}, end={end!r}, every={every!r}: 0 <= begin < end <= 1 and a whole number "
+                "every >= 1 are needed."
             )
         self.pruning = replace(pruning, criterion="fisher")
         self.begin, self.end, self.every = begin, end, every

@@ -6,6 +6,7 @@ Shapes: B examples, T tokens, D hidden width, V classes or vocabulary, n rows, L
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from .anatomy import quiet
 from .batches import Batch, forward_inputs, prepare, token_mask
 from .config import DistillationConfig
 from .families import family_for
-from .losses import predictions
+from .losses import has_head, is_causal_lm, predictions
 from .plan import SiteKey
 from .sites import consumer, find_sites
 
@@ -127,13 +128,67 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, config: Di
             f"The teacher has another label space: {theirs.id2label}, the student {ours.id2label}. Give a teacher with "
             "the same labels in the same order, or set logits_weight=0."
         )
+    _check_inputs(student, teacher)
+    if config.logits_weight:
+        _check_heads(student, teacher)
     if config.hidden_weight or config.attention_weight:
+        _check_depth(student, teacher, config)
         a, b = ours.get_text_config().hidden_size, theirs.get_text_config().hidden_size
         if a != b:
             raise ValueError(
                 f"The teacher's hidden states are {b} wide, the student's {a}: they cannot be compared. Set "
                 "hidden_weight=0 and attention_weight=0."
             )
+
+
+def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    if student.main_input_name != teacher.main_input_name:
+        raise ValueError(
+            f"The teacher ({type(teacher).__name__}) reads {teacher.main_input_name}, the student "
+            f"{student.main_input_name}. Give a teacher of the same task."
+        )
+    for what in ("vocab_size", "image_size"):
+        ours, theirs = (getattr(model.config.get_text_config(), what, None) for model in (student, teacher))
+        differs = ours != theirs if what == "image_size" else (ours or 0) > (theirs or 0)  # a vocabulary may be padded
+        if ours is not None and theirs is not None and differs:
+            raise ValueError(
+                f"The teacher's {what} is {theirs}, the student's {ours}: it cannot read what the student reads. Give "
+                "a teacher of the same tokenizer or image processor."
+            )
+
+
+def _check_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ValueError unless both have a head, and heads of one kind as far as their names say it."""
+    for who, model in (("teacher", teacher), ("student", student)):
+        if not has_head(model):
+            raise ValueError(
+                f"The {who} ({type(model).__name__}) has no head, so it gives no logits. Give one with a head, or set "
+                "logits_weight=0."
+            )
+    ours, theirs = _head(student), _head(teacher)
+    if ours and theirs and not ours.startswith(theirs) and not theirs.startswith(ours):
+        raise ValueError(
+            f"The teacher ({type(teacher).__name__}) has another head than the student ({type(student).__name__}). "
+            "Give a teacher of the same task, or set logits_weight=0."
+        )
+
+
+def _head(model: PreTrainedModel) -> str:
+    return "CausalLM" if is_causal_lm(model) else type(model).__name__.partition("For")[2]
+
+
+def _check_depth(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
+    ours, theirs = _depths(student), _depths(teacher)
+    for stack, depth in ours.items():
+        if stack not in theirs:
+            raise ValueError(f"The teacher has no {stack}. Set hidden_weight=0 and attention_weight=0.")
+        layer_map(depth, theirs[stack], config.layer_map)
+
+
+def _depths(model: PreTrainedModel) -> dict[str, int]:
+    """Layers of each stack."""
+    layers = {(site.stack, site.layer) for site in find_sites(model, family_for(model.config.model_type))}
+    return Counter(stack for stack, _ in layers)
 
 
 def _named(config: Any) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .config import PruningConfig
+from .files import read_json, write_text
 from .plan import PruningPlan
 
 STATE_FILE = "pruning_state.json"
@@ -25,18 +26,33 @@ class Run:
     config: PruningConfig
     dense_cost: dict[str, float]  # of the model handed in
     cuts: int = 0
+    kept: float = 1.0  # of that cost, after these cuts
     plan: PruningPlan | None = None  # all cuts so far, relative to the model handed in
+    data: Mapping[str, Any] | None = None  # by what they are known again, see `resume.known_by`
 
     def save(self, directory: Path) -> None:
         plan = None if self.plan is None else self.plan.to_dict()
-        state = {"format": FORMAT, "config": self.config.to_dict(), "dense_cost": self.dense_cost, "cuts": self.cuts}
-        (directory / STATE_FILE).write_text(json.dumps({**state, "plan": plan}, indent=1) + "\n")
+        state = {**vars(self), "format": FORMAT, "config": self.config.to_dict(), "plan": plan}
+        write_text(directory / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Run:
-        found = json.loads((directory / STATE_FILE).read_text())
-        plan = None if found["plan"] is None else PruningPlan.from_dict(found["plan"])
-        return cls(PruningConfig.from_dict(found["config"]), found["dense_cost"], found["cuts"], plan)
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing is there. ValueError: something else is.
+        """
+        path = directory / STATE_FILE
+        found = read_json(path)
+        if found.get("format") != FORMAT:
+            raise ValueError(f"{path.name} has format {found.get('format')!r}; this hf_prune knows {FORMAT}.")
+        try:
+            plan = None if found["plan"] is None else PruningPlan.from_dict(found["plan"])
+            cost = {name: float(value) for name, value in found["dense_cost"].items()}
+            config, kept = PruningConfig.from_dict(found["config"]), float(found["kept"])
+            return cls(config, cost, int(found["cuts"]), kept, plan, found["data"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path.name} is damaged ({error!r}).") from error
 
 
 @dataclass
@@ -73,21 +89,3 @@ class RoundCallback(TrainerCallback):
         if self.trainer.round and state.global_step >= self.trainer.round.end:
             control.should_training_stop = True
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that a run can go on from, by step; half-written ones are left out."""
-    found = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    return sorted((path for path in found if is_complete(path)), key=lambda path: int(path.name.split("-")[-1]))
-
-
-def is_complete(directory: Path) -> bool:
-    """The stock trainer writes its state last."""
-    try:
-        return all(json.loads((directory / name).read_text()) for name in (STATE_FILE, TRAINER_STATE_NAME))
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def trainer_state(directory: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 import warnings
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .anatomy import describe
+from .arguments import check_shapes, opened
 from .checkpoint.directory import beside, carry, resolved, written
 from .checkpoint.history import PLAN_FILE, Record, record_of
 from .checkpoint.layout import KEY
 from .checkpoint.proof import BASE, is_loaded, prove
 from .config import PruningConfig
+from .files import HALF_WRITTEN
 from .oneshot import Analysis, apply
 from .plan import PruningPlan
 from .report.card import DENSE, PRUNED, write_card, write_evaluation
-from .rounds import STATE_FILE, Run, complete_checkpoints, is_complete
+from .resume import apart, checkpoints, damage, is_named_checkpoint, known_by, step_of
+from .rounds import STATE_FILE, Run
 from .teaching import TeachingMixin
 
 FILE_FORMATS = ("csv", "json", "parquet", "arrow", "text", "pandas", "generator")  # which datasets takes for a name
@@ -42,6 +47,7 @@ class SavingMixin(TeachingMixin):
 
     pruning: Any
     peft_config: Any
+    calibration_dataset: Any
     _run: Run | None
     _scratch: Path
     _evaluated: dict[int | str, tuple[Any, dict[str, float]]]  # at "dense" and at each step: the data, what was found
@@ -63,26 +69,63 @@ class SavingMixin(TeachingMixin):
 
             self.model = self.model_wrapped = get_peft_model(self.model, copy.deepcopy(self.peft_config))
 
-    def _checkpoint(self, given: str | bool | None) -> str | None:
+    def _checkpoint(self, given: Any) -> str | None:
         """The directory to resume from."""
-        if given is True:
-            found = complete_checkpoints(Path(str(self.args.output_dir)))
-            if not found:
-                warnings.warn(f"No complete checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=3)
-                return None
-            given = str(found[-1])
-        if not given:
+        if given is None or given is False:
             return None
-        if not is_complete(Path(given)):
-            raise ValueError(f"{given} is no complete checkpoint of a run with pruning (no {STATE_FILE} in it).")
-        theirs, ours = Run.load(Path(given)).config.to_dict(), self.pruning.to_dict()
+        if not isinstance(given, bool | str | os.PathLike):
+            raise TypeError(f"resume_from_checkpoint takes a directory or True, got {given!r:.60}.")
+        directory = self._latest_checkpoint() if given is True else Path(str(given))
+        if directory is None:
+            return None
+        wrong = damage(directory)
+        if wrong:
+            raise ValueError(
+                f"{directory} is no complete checkpoint of a run with pruning: {wrong}. Give another, or "
+                "resume_from_checkpoint=True for the latest that is complete."
+            )
+        self._check_same(directory, Run.load(directory))
+        if not list(directory.glob("rng_state*.pth")):
+            warnings.warn(
+                f"{directory} has no rng_state: dropout is drawn anew, and the run will not end as it would have.",
+                stacklevel=3,
+            )
+        return str(directory)
+
+    def _latest_checkpoint(self) -> Path | None:
+        """The latest one that a run can go on from; newer ones that are not whole are named in a warning."""
+        home = Path(str(self.args.output_dir))
+        wrong = {path: damage(path) for path in checkpoints(home)}
+        found = max((path for path in wrong if not wrong[path]), key=step_of, default=None)
+        passed = [path for path in wrong if wrong[path] and (found is None or step_of(path) > step_of(found))]
+        if passed:
+            said = "; ".join(f"{path.name} ({wrong[path]})" for path in passed)
+            warnings.warn(f"In {home}, not whole and passed over: {said}.", stacklevel=4)
+        if found is None:
+            warnings.warn(f"No complete checkpoint in {home}: training starts anew.", stacklevel=4)
+        return found
+
+    def _check_same(self, directory: Path, run: Run) -> None:
+        """Raise ValueError unless a checkpoint's run was asked for the same, of the same data."""
+        theirs, ours = run.config.to_dict(), self.pruning.to_dict()
         changed = {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
         if changed:
             raise ValueError(
-                f"{given} was made with another PruningConfig; (there, here): {changed}. Resume with the same, or "
+                f"{directory} was made with another PruningConfig; (there, here): {changed}. Resume with the same, or "
                 "train into another output_dir."
             )
-        return given
+        here = self._known_data()
+        for name, there in (run.data or {}).items():
+            wrong = apart(there, here.get(name))
+            if wrong:
+                raise ValueError(
+                    f"{directory} was made with another {name}: {wrong}. Resume with the same, or train into another "
+                    f'output_dir. (If it is the same, take "data" out of the checkpoint\'s {STATE_FILE}.)'
+                )
+
+    def _known_data(self) -> dict[str, Any]:
+        data = {"train_dataset": self.train_dataset, "calibration_dataset": self.calibration_dataset}
+        return {name: known_by(rows) for name, rows in data.items()}
 
     def _write_boundary(self, trial: Any) -> Path:
         """A checkpoint at this step, with the model just cut and without optimizer states. Whole or not at all.
@@ -107,16 +150,22 @@ class SavingMixin(TeachingMixin):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Checkpoints as the stock trainer saves them; anything else is reloaded and compared before it is there."""
         directory = Path(output_dir or str(self.args.output_dir))
-        if self.pruning is None or directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        if self.pruning is None:
+            super()._save(output_dir, state_dict)
+        elif is_named_checkpoint(directory):
+            if self.args.should_save:  # the state of an earlier run: this one's comes last
+                for path in (directory / TRAINER_STATE_NAME, *directory.glob(HALF_WRITTEN)):
+                    path.unlink(missing_ok=True)
             self._write(directory, state_dict, is_checkpoint=True)
         elif self.args.should_save:
             directory = resolved(directory)
             with beside(directory) as new:
                 self._write(new, state_dict)
-                if isinstance(self.model, PreTrainedModel):
-                    prove(self.model, new)
-                carry(directory, new, is_loaded)  # checkpoints, logs and notes stay; no weights of an earlier save do
-            if isinstance(self.model, PreTrainedModel) and (directory / PLAN_FILE).is_file():
+                model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                opener: Any = type(model) if isinstance(model, PreTrainedModel) else _Adapted(self._plain())
+                prove(model, new, opener)
+                carry(directory, new, _is_left)
+            if (directory / PLAN_FILE).is_file():
                 self._write_card(directory)
 
     def evaluate(
@@ -125,6 +174,8 @@ class SavingMixin(TeachingMixin):
         """As the stock `evaluate`. What it finds before the cut and of the weights that are saved is on their card."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if self.pruning is not None:
+            # after a cut the model is prepared anew; the stock search would add up the time of it and the metrics
+            metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
             now = DENSE if record_of(self._plain()) is None else self._step_of_weights
             self._evaluated[now] = (
                 self.eval_dataset if eval_dataset is None else eval_dataset,
@@ -170,7 +221,7 @@ class SavingMixin(TeachingMixin):
 
     def _write(self, directory: Path, state_dict: Any = None, is_checkpoint: bool = False) -> None:
         super()._save(str(directory), state_dict)
-        if self.pruning is None or not self.args.should_save:
+        if not self.args.should_save:
             return
         home = directory
         if hasattr(self.model, "get_base_model"):
@@ -187,13 +238,14 @@ class SavingMixin(TeachingMixin):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._teach()  # by the model as it was handed in
         directory = Path(resume_from_checkpoint)
-        self._run = Run.load(directory)
-        self._release_()
-        if self._run.plan is not None:
-            cut_by(self.model, self._run.plan, self.pruning)
         adapted = (directory / BASE).is_dir()
         home = directory / BASE if adapted else directory
-        self._restore_(home)
+        self._release_()
+        saved = self._opened(home)
+        self._run = Run.load(directory)
+        if self._run.plan is not None:
+            cut_by(self.model, self._run.plan, self.pruning)
+        self._restore_(saved)
         if self._run.plan is not None:
             self.model._hf_prune = Record.load(home)
         if adapted:
@@ -205,15 +257,46 @@ class SavingMixin(TeachingMixin):
         if self.pruning is None or not isinstance(self.model, PreTrainedModel):
             return super()._load_best_model()
         best = Path(str(self.state.best_model_checkpoint))
-        self._best_step = int(best.name.rpartition("-")[2])
-        return self._restore_(best)
+        try:
+            self._restore_(self._opened(best))
+        except ValueError as error:  # no reason to lose the run: the latest weights are there
+            warnings.warn(f"The best model is not loaded, the latest one stays: {error}", stacklevel=2)
+            return None
+        self._best_step = step_of(best)
+        return None
 
-    def _restore_(self, directory: Path) -> None:
-        """Weights of a checkpoint into the model, through from_pretrained, which knows what they are called on disk."""
-        saved = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+    def _opened(self, directory: Path) -> PreTrainedModel:
+        """A checkpoint's model, through from_pretrained, which knows what the weights are called on disk."""
+        return opened(type(self.model), directory, "The checkpoint", dtype=self.model.dtype)
+
+    def _restore_(self, saved: PreTrainedModel) -> None:
+        """A checkpoint's weights into the model.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        check_shapes(self.model, saved, f"The checkpoint {saved.config._name_or_path}")
         self.model.load_state_dict(saved.state_dict())
         if saved.config.__dict__.get(KEY):
             setattr(self.model.config, KEY, saved.config.__dict__[KEY])
+
+
+def _is_left(name: str) -> bool:
+    """What a save does not take over of an earlier one; checkpoints, logs and notes stay."""
+    return is_loaded(name) or fnmatch(name, HALF_WRITTEN)
+
+
+class _Adapted:
+    """Opens adapters on the pruned weights that lie beside them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cls = type(model)
+        self.__name__ = f"{self.cls.__name__} with adapters"
+
+    def from_pretrained(self, directory: Path, **options: Any) -> Any:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.cls.from_pretrained(directory / BASE, **options), str(directory))
 
 
 def _said_of(rows: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from .arguments import opened
 from .batches import forward_inputs, prepare
 from .distill import LOGITS, Distillation
 
@@ -43,7 +44,7 @@ class TeachingMixin(Mixed):
             self._distiller = Distillation(model, None, self.distillation)
             return
         if self._teacher is None and self.distillation.teacher:
-            self._teacher = type(model).from_pretrained(self.distillation.teacher)
+            self._teacher = opened(type(model), self.distillation.teacher, "DistillationConfig.teacher")
         teacher: Any = self._teacher
         if teacher is None:
             teacher = copy.deepcopy(model)

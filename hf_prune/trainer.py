@@ -21,9 +21,13 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState, set_seed
 
-from .anatomy import describe
+from .allocate import warn_if_far_below
+from .anatomy import check_model, describe
+from .arguments import check_adapters, check_early, check_kind, check_output, check_own_teacher, check_student, opened
 from .batches import even_positions
 from .calibrate import Ranks
+from .callbacks import PruningCallback
+from .checkpoint.directory import clear
 from .config import DistillationConfig, PruningConfig
 from .costs import dense_counts
 from .costs import report as cost_report
@@ -31,7 +35,8 @@ from .distill import Distillation
 from .oneshot import PruneResult, analyze, apply
 from .plan import PruningPlan
 from .report.card import DENSE
-from .rounds import Round, RoundCallback, Run, trainer_state
+from .resume import trainer_state
+from .rounds import Round, RoundCallback, Run
 from .saving import SavingMixin, cut_by
 from .schedules import shares, targets
 
@@ -50,7 +55,8 @@ class PruningMixin(SavingMixin):
         calibration_dataset: examples to score and repair with, in the form of `train_dataset`, which is the default.
 
     Raises:
-        ValueError: a model or settings that cannot be pruned or taught. Nothing is changed before.
+        ValueError: a model or settings that cannot be pruned or taught; an `output_dir` that cannot be replaced as a
+            whole, as a save does it. TypeError: something of another type. Nothing is changed before.
     """
 
     train_dataset: Any
@@ -66,15 +72,21 @@ class PruningMixin(SavingMixin):
         calibration_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        if hasattr(args[0] if args else kwargs.get("model"), "merge_and_unload"):
-            raise ValueError(
-                "The model has adapters, which cannot be cut. Merge them (model.merge_and_unload()), or give the plain "
-                "model and peft_config=."
-            )
-        if teacher is not None and distillation is None:
-            raise ValueError("teacher= without distillation=: give a DistillationConfig().")
+        for name, value in (("pruning", pruning), ("distillation", distillation), ("peft_config", peft_config)):
+            if value is not None:
+                check_kind(name, value)
+        model = args[0] if args else kwargs.get("model")
+        if pruning is not None:
+            check_student(model)
+            check_output(args[1] if len(args) > 1 else kwargs.get("args"))
+        check_own_teacher(model, teacher, distillation)
         if "peft_config" in inspect.signature(super().__init__).parameters:
             kwargs["peft_config"] = peft_config
+        elif peft_config is not None and pruning is None:
+            raise ValueError(
+                "peft_config= without pruning=: there is no pruned model to put adapters on. Put them on the model "
+                "(peft.get_peft_model(model, peft_config)) and train that."
+            )
         self.pruning: Any = pruning
         self.distillation: Any = distillation
         self.peft_config = peft_config
@@ -112,17 +124,32 @@ class PruningMixin(SavingMixin):
                 "optimizers=(...) holds the weights as they are before the cut. Give optimizer_cls_and_kwargs=, or "
                 "TrainingArguments(optim=...)."
             )
+        if self.pruning is not None:
+            self._check_cut()
         if self.distillation is not None and (self._teacher is not None or self.distillation.teacher):
             self._teach()
+
+    def _check_cut(self) -> None:
+        """What a cut, a rewind and adapters would stumble over."""
+        model = self._plain()
+        check_model(model)
+        if any(isinstance(callback, PruningCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("pruning= and a PruningCallback both cut the model. Give one of them.")
+        if self.peft_config is not None and not hasattr(self.model, "merge_and_unload"):
+            check_adapters(model, self.peft_config)
+        if self.pruning.rewind_to is not None:
+            check_early(model, self.pruning.rewind_to)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock `train`; `resume_from_checkpoint=True` with no complete checkpoint starts anew, with a warning.
 
         Raises:
-            ValueError: the rounds do not fit into the steps; a checkpoint of another PruningConfig, or without one;
-                `keep` not reachable (see `hf_prune.prune`). All before training starts.
+            ValueError: the rounds do not fit into the steps; a checkpoint of another PruningConfig, of other data, or
+                damaged; `keep` not reachable (see `hf_prune.prune`). All before training starts.
         """
         if self.pruning is not None:
+            if self.args.should_save:
+                clear(Path(str(self.args.output_dir)))  # of boundaries that a kill left in the middle
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
             if self._run is not None and self.model_init is None and not resume_from_checkpoint:
                 warnings.warn(
@@ -166,7 +193,7 @@ class PruningMixin(SavingMixin):
         keeps = targets(self.pruning.schedule, self.pruning.keep, self.pruning.rounds)
         if self._run is None:
             self._release_()
-            self._run = Run(self.pruning, self._cost())
+            self._run = Run(self.pruning, self._cost(), data=self._known_data())
         run = self._run
         started, first_step, loss, output, begun = time.time(), self.state.global_step, 0.0, None, False
         for number, (keep, start, end) in enumerate(zip(keeps, [0, *ends], ends, strict=False)):
@@ -181,8 +208,9 @@ class PruningMixin(SavingMixin):
             with self._watching(), self._quiet_begin(begun):
                 output = loop(batch_size, args, str(boundary), trial, ignore_keys_for_eval)
             loss, begun = now.loss, True
-            if self.state.global_step < end:
-                break  # a callback stopped the training
+            if self.state.global_step < end:  # a callback stopped the training
+                self._say_what_remains(run, now)
+                break
         return output
 
     def _first_state(self) -> TrainerState:
@@ -241,44 +269,67 @@ class PruningMixin(SavingMixin):
         anatomy = describe(self._plain())
         return cost_report(anatomy, dense_counts(anatomy), self.pruning.sequence_length)
 
+    def _say_what_remains(self, run: Run, now: Round) -> None:
+        if now.is_last or run.kept <= self.pruning.keep:
+            return
+        warnings.warn(
+            f"The training was stopped in round {now.number + 1} of {now.of}, at step {self.state.global_step} of "
+            f"{self.state.max_steps}: {run.kept:.3g} of the {self.pruning.metric} remains, where keep="
+            f"{self.pruning.keep:.3g} was asked for. Train on (resume_from_checkpoint), or cut the rest with "
+            f"prune(model, data, PruningConfig(keep={self.pruning.keep / run.kept:.3g})).",
+            stacklevel=2,
+        )
+
     def _cut_(self, run: Run, now: Round) -> None:
         """Cut and repair to the round's target."""
         self._release_()
-        config = replace(self.pruning, keep=min(1.0, now.keep / self._remains(run, now)))
+        early = None
+        if self.pruning.rewind_to is not None:  # opened before anything is cut
+            early = opened(type(self.model), self.pruning.rewind_to, "rewind_to", dtype=self.model.dtype)
+        config = replace(self.pruning, keep=min(1.0, now.keep / run.kept))
         ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         analysis = analyze(self.model, self._calibration_data(), config, ranks=ranks)
         plan = analysis.plan()
         self._agree(plan)
-        if config.rewind_to is not None:
+        if early is not None:
             analysis = replace(analysis, config=replace(analysis.config, repair="none"))
         result = apply(self.model, analysis, plan)
         run.plan = plan if run.plan is None else run.plan.compose(plan)
         run.cuts += 1
-        if config.rewind_to is not None:
-            self._rewind_(config.rewind_to, run.plan)
+        run.kept = self._counted(run, now.keep)
+        if early is not None:
+            self._rewind_(early, run.plan)
         self._adapt_()
         self.results.append(result)
-        self.log({"round": now.number + 1, "target": now.keep, "keep": self._remains(run, now)})
+        self.log({"round": now.number + 1, "target": now.keep, "keep": run.kept})
+        if not plan.is_identity:
+            warn_if_far_below(run.kept, self.pruning)
 
-    def _remains(self, run: Run, now: Round) -> float:
-        """What is left, by now, of the cost of the model handed in."""
+    def _counted(self, run: Run, asked: float) -> float:
+        """What is left, by now, of the cost of the model handed in; of a latency, what was asked for."""
         metric = f"{self.pruning.metric}_{self.pruning.scope}"
-        if metric in run.dense_cost:
-            return self._cost()[metric] / run.dense_cost[metric]
-        done = targets(self.pruning.schedule, self.pruning.keep, now.of)[: run.cuts]
-        return done[-1] if done else 1.0  # a latency: what was asked for
+        return self._cost()[metric] / run.dense_cost[metric] if metric in run.dense_cost else asked
 
     def _calibration_data(self) -> list[Any]:
         """Batches of the calibration examples, collated as the trainer collates."""
-        data = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
-        count = self.pruning.calibration_samples
-        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-            examples = [data[i] for i in even_positions(len(data), count, self.pruning.calibration_seed)]
-        else:
-            examples = list(itertools.islice(iter(data), count))
+        name = "train_dataset" if self.calibration_dataset is None else "calibration_dataset"
+        data = getattr(self, name)
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         size = max(1, min(self.args.per_device_train_batch_size, CALIBRATION_BATCH))
-        return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+        try:
+            examples = self._calibration_examples(data)
+            return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+        except Exception as error:  # of any kind, from the user's data and collator
+            raise ValueError(
+                f"{name} cannot be read as examples and collated ({type(error).__name__}: {error}). It is a Dataset, a "
+                f"list or an iterable of examples that the trainer's data_collator takes; got {type(data).__name__}."
+            ) from error
+
+    def _calibration_examples(self, data: Any) -> list[Any]:
+        count = self.pruning.calibration_samples
+        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+            return [data[i] for i in even_positions(len(data), count, self.pruning.calibration_seed)]
+        return list(itertools.islice(iter(data), count))
 
     def _agree(self, plan: PruningPlan) -> None:
         plans = gather_object([plan.hash])
@@ -287,9 +338,8 @@ class PruningMixin(SavingMixin):
                 f"The processes came to different plans ({plans}); they must see the same data and model."
             )
 
-    def _rewind_(self, directory: str, plan: PruningPlan) -> None:
-        """Weights of an early checkpoint of the dense training, cut by the same plan, in place of the trained ones."""
-        early = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+    def _rewind_(self, early: PreTrainedModel, plan: PruningPlan) -> None:
+        """Weights of an early step of the dense training, cut by the same plan, in place of the trained ones."""
         cut_by(early, plan, self.pruning)
         self.model.load_state_dict(early.state_dict())
 

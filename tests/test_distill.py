@@ -172,7 +172,7 @@ def test_logits_from_disk_are_the_teacher_s(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: must be a finite number above 0"),
         ({"hidden_weight": -1.0}, "hidden_weight=-1.0: a weight is a number of at least 0"),
         ({"hidden_weight": 0.0, "logits_weight": 0.0}, "All distillation weights are 0"),
         ({"teacher_dtype": "int4"}, "teacher_dtype='int4' is not one of"),

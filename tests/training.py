@@ -8,7 +8,6 @@ one finish.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -58,23 +57,13 @@ def trainer(
     return cls(**{"model": model, "args": args, "train_dataset": rows(model), "pruning": pruning, **changes})
 
 
-def fingerprint(model: Any) -> str:
-    """Of the weights, rounded far above float noise."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(torch.round(value.float() * 1e3).to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def result(run: Any, output: Any) -> dict[str, Any]:
     plans = [found.plan.hash for found in run.results]
-    final = [float(p.detach().double().square().sum()) for p in run.model.parameters()]
     history = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     record = run.model._hf_prune.plan.hash
     return {
         "plan": record, "plans": plans, "loss": output.training_loss, "steps": output.global_step, "losses": history,
-        "norm": sum(final), "world": run.args.world_size, "begun": run.begun if hasattr(run, "begun") else None,
+        "world": run.args.world_size,
     }  # fmt: skip
 
 
@@ -85,6 +74,7 @@ def attempt(out: Path) -> None:
     torch.set_num_threads(1)
     run = trainer(out / "run", **KILLED)
     found = result(run, run.train(resume_from_checkpoint=True))
+    torch.save(run.model.state_dict(), out / "weights.pt")
     (out / "result.json").write_text(json.dumps(found))
 
 
