@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import yaml
+
+from .files import read_text
+from .plan import short
 
 Metric = Literal["macs", "params", "latency"]
 Scope = Literal["model", "blocks"]
@@ -32,12 +35,111 @@ Shapes = Literal["stock", "uniform", "per_layer"]
 Allocation = Literal["loss", "ratio"]
 Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
+TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
 UNIT_CHOICES = ("heads", "kv_groups", "neurons")
+MOST_SEED = 2**32 - 1
 
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
+
+
+# --- checks: a value -> what is wrong with it, as the end of a sentence that its field begins; "" if nothing is -------
+
+Check = Callable[[Any], str]
+
+
+def _that(fits: Callable[[Any], bool], means: str) -> Check:
+    return lambda value: "" if fits(value) else f"={short(value)}{means}"
+
+
+def _choice(*allowed: str) -> Check:
+    return _that(lambda value: isinstance(value, str) and value in allowed, f" is not one of {', '.join(allowed)}")
+
+
+def _number(fits: Callable[[Any], bool], means: str) -> Check:
+    return _that(lambda value: _is(Real, value) and fits(value), f": {means}")
+
+
+def _whole(least: int, most: float = math.inf) -> Check:
+    bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
+    return _that(lambda value: _is(Integral, value) and least <= value <= most, f": must be {bounds}, a whole number")
+
+
+def _list(each: Check, means: str) -> Check:
+    """Of values that all fit; of one that does not, `each` says why."""
+    several = _that(lambda values: isinstance(values, list | tuple) and len(values) > 0, f": {means}")
+    return lambda values: several(values) or next((problem for problem in map(each, values) if problem), "")
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: "" if value is None else check(value)
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_(config: Any, checks: Mapping[str, Check]) -> None:
+    """Raise ValueError for the first field whose value is wrong; the rest become plain Python values. In place."""
+    for name, check in checks.items():
+        value = getattr(config, name)
+        problem = check(value)
+        if problem:
+            raise ValueError(f"{name}{problem}.")
+        setattr(config, name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON and YAML know it: numpy's numbers, paths and tuples are given, too."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    for kind, plain in ((Integral, int), (Real, float), (os.PathLike, os.fspath)):
+        if _is(kind, value):
+            return plain(value)
+    return value
+
+
+_PATH = _that(
+    lambda value: isinstance(value, str | os.PathLike) and bool(os.fspath(value)), ": must be a path or a Hub id"
+)
+_KEEP = "the fraction that remains must satisfy 0 < keep <= 1"
+_RECOVERY = "the share of the steps must satisfy 0 < recovery < 1"
+_UNITS = f"name at least one of {', '.join(UNIT_CHOICES)}, as a list, or leave it None"
+_LAYERS = "must be a list of the teacher's layers, from 0, one for each layer of the student, or None"
+_WEIGHT = _number(lambda weight: 0 <= weight < math.inf, "a weight is a number of at least 0")
+
+PRUNING_CHECKS: Mapping[str, Check] = {
+    "keep": _number(lambda keep: 0 < keep <= 1, _KEEP),
+    "metric": _choice(*get_args(Metric)),
+    "scope": _choice(*get_args(Scope)),
+    "units": _optional(_list(_choice(*UNIT_CHOICES), _UNITS)),
+    "criterion": _optional(_choice(*get_args(Criterion))),
+    "shapes": _choice(*get_args(Shapes)),
+    "allocation": _choice(*get_args(Allocation)),
+    "align": _optional(_whole(1)),
+    "repair": _choice(*get_args(Repair)),
+    "calibration_samples": _whole(8),
+    "calibration_seed": _whole(0, MOST_SEED),
+    "sequence_length": _whole(1),
+    "latency_batch_size": _whole(1),
+    "rounds": _whole(1),
+    "schedule": _choice(*get_args(Schedule)),
+    "recovery": _number(lambda share: 0 < share < 1, _RECOVERY),
+    "rewind_to": _optional(_PATH),
+}
+
+DISTILLATION_CHECKS: Mapping[str, Check] = {
+    "teacher": _optional(_PATH),
+    "teacher_dtype": _optional(_choice(*get_args(TeacherDtype))),
+    "task_weight": _WEIGHT,
+    "logits_weight": _WEIGHT,
+    "temperature": _number(lambda temperature: 0 < temperature < math.inf, "must be a finite number above 0"),
+    "hidden_weight": _WEIGHT,
+    "attention_weight": _WEIGHT,
+    "layer_map": _optional(_list(_whole(0), _LAYERS)),
+}
 
 
 @dataclass
@@ -135,37 +237,11 @@ class PruningConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not math.isfinite(self.keep) or not 0 < self.keep <= 1:
-            raise ValueError(f"keep={self.keep!r}: the fraction that remains must satisfy 0 < keep <= 1.")
-        self.scope = self.scope or ("blocks" if self.metric == "params" else "model")
-        _choice("metric", self.metric, get_args(Metric))
-        _choice("scope", self.scope, get_args(Scope))
+        if self.scope is None:
+            self.scope = "blocks" if self.metric == "params" else "model"
+        _check_(self, PRUNING_CHECKS)
         if self.metric == "latency" and self.scope == "blocks":
             raise ValueError("scope='blocks' with metric='latency': whole forward passes are timed. Use scope='model'.")
-        _choice("shapes", self.shapes, get_args(Shapes))
-        _choice("allocation", self.allocation, get_args(Allocation))
-        _choice("repair", self.repair, get_args(Repair))
-        _choice("schedule", self.schedule, get_args(Schedule))
-        if not 0 < self.recovery < 1:
-            raise ValueError(f"recovery={self.recovery!r}: the share of the steps must satisfy 0 < recovery < 1.")
-        if self.criterion is not None:
-            _choice("criterion", self.criterion, get_args(Criterion))
-        if self.units is not None:
-            self.units = list(self.units)
-            if not self.units:
-                raise ValueError(f"units=[]: name at least one of {', '.join(UNIT_CHOICES)}, or leave it None.")
-            for unit in self.units:
-                _choice("units", unit, UNIT_CHOICES)
-        for name, least in (
-            ("calibration_samples", 8),
-            ("sequence_length", 1),
-            ("align", 1),
-            ("latency_batch_size", 1),
-            ("rounds", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PruningConfig:
@@ -174,23 +250,33 @@ class PruningConfig:
         Raises:
             ValueError: unknown name; the message lists the known ones.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"No preset {name!r}. Known: {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
-        """Build from a mapping; keys of a newer hf_prune are ignored with a warning."""
+        """Build from a mapping; keys of a newer hf_prune are ignored with a warning.
+
+        Raises:
+            ValueError: no mapping, or a field is out of its allowed set.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"PruningConfig is made from a mapping of its fields, got {type(data).__name__}.")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(str(key) for key in data if key not in known)
         if unknown:
             warnings.warn(f"PruningConfig ignores unknown keys {unknown}; known: {sorted(known)}.", stacklevel=2)
         return cls(**{key: value for key, value in data.items() if key in known})
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> PruningConfig:
-        """Read the `pruning:` section of a recipe, or a file of bare fields."""
-        data = yaml.safe_load(Path(path).read_text()) or {}
+        """Read the `pruning:` section of a recipe, or a file of bare fields.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: no YAML, no mapping, or a field is out of its allowed set.
+        """
+        data = parse_yaml(read_text(path), str(path))
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(data).__name__}.")
         return cls.from_dict(data.get("pruning", data))
@@ -217,7 +303,7 @@ class DistillationConfig:
         default=None,
         metadata=_help("Directory or Hub id of the teacher. Default: the model itself, as it was before the cut."),
     )
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+    teacher_dtype: TeacherDtype | None = field(
         default=None, metadata=_help("Precision in which the teacher runs. Default: as it is.")
     )
     task_weight: float = field(default=0.5, metadata=_help("Weight of the task loss."))
@@ -241,16 +327,9 @@ class DistillationConfig:
     )
 
     def __post_init__(self) -> None:
-        weights = ("task_weight", "logits_weight", "hidden_weight", "attention_weight")
-        for name in weights:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a weight is a number of at least 0.")
-        if not any(getattr(self, name) for name in weights[1:]):
+        _check_(self, DISTILLATION_CHECKS)
+        if not (self.logits_weight or self.hidden_weight or self.attention_weight):
             raise ValueError("All distillation weights are 0. Give one, or train with distillation=None.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}: must be above 0.")
-        if self.teacher_dtype is not None:
-            _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -272,6 +351,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+def config_or(config: Any, default: Callable[[], PruningConfig] = PruningConfig) -> PruningConfig:
+    """The config, or the default where it is None.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    if config is not None and not isinstance(config, PruningConfig):
+        raise TypeError(
+            f"config is a PruningConfig, got {short(config)}. PruningConfig.from_dict(...) reads a mapping, "
+            "PruningConfig.from_yaml(path) a file, PruningConfig.preset(name) knows published methods."
+        )
+    return default() if config is None else config
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """What a YAML text holds; `name` says in an error what was read.
+
+    Raises:
+        ValueError: no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as of a date that is none
+        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error

@@ -1,20 +1,20 @@
-"""Open models, tokenizers and text by name, as the command line needs them, and score a model on held-out rows."""
+"""Text by name, as batches for a model: to calibrate with, and to evaluate on."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
-from .anatomy import quiet
-from .batches import IGNORE, Batch, even_positions, forward_inputs, prepare
-from .losses import example_losses, has_loss
+from .anatomy import positions
+from .batches import IGNORE, even_positions
+from .opening import read_as
+from .plan import short
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,22 +31,13 @@ FORMATS = {
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "article", "body", "question", "prompt")
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment")
 MESSAGES = "messages"
-TASKS = {  # pipeline task -> the Auto class that opens a model for it
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-generation": "AutoModelForCausalLM",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-}
-WITHOUT_PIPELINE = ("question-answering", "text2text-generation")  # transformers 5 dropped these pipelines
 BATCH_SIZE = 32
 MIN_ROWS = 10  # 8 to calibrate with, 2 to evaluate on
 EVALUATION_ROWS = 1000
 EVALUATION_TOKENS = 65536  # for language models
 MASKED_SHARE = 0.15
+UNKNOWN_SHARE = 0.5  # of the tokens: the tokenizer does not know the text
+SHOWN = 10  # values in an error
 Rows = list[dict[str, Any]]
 Batches = list[dict[str, torch.Tensor]]
 
@@ -69,46 +60,6 @@ class Parts:
     evaluation: Batches
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def load_model(name: str, task: str | None = None, **options: Any) -> PreTrainedModel:
-    """Open a directory or Hub id with the class that its config names, or with the Auto class of a `task`.
-
-    Raises:
-        ValueError: the config names no class, or one that transformers has not.
-        FileNotFoundError: a path, not a Hub id, that is no directory.
-    """
-    import transformers
-
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # never a Hub id
-        name = os.path.expanduser(name)
-        if not Path(name, "config.json").is_file():
-            raise FileNotFoundError(f"{name}: no directory with a config.json. Give one, or a Hub id (owner/name).")
-
-    if task is not None:
-        return getattr(transformers, TASKS[task]).from_pretrained(name, **options).eval()
-    config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
-    return model_class(config, name).from_pretrained(name, **options).eval()
-
-
-def model_class(config: Any, name: str = "") -> Any:
-    """The class that a config names.
-
-    Raises:
-        ValueError: it names none, or one that transformers has not.
-    """
-    import transformers
-
-    architecture = (config.architectures or [""])[0]
-    if not hasattr(transformers, architecture or "?"):
-        raise ValueError(
-            f"{name}: config.json names the class {architecture or 'nowhere'!r}, which transformers has not. "
-            f"Say the task: {', '.join(TASKS)}."
-        )
-    return getattr(transformers, architecture)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,16 +73,20 @@ def load_data(
     models one truncated row per text.
 
     Raises:
-        ValueError: a column is missing or cannot be guessed; a label is unknown; too few rows.
+        ValueError: no text can be prepared for such a model, or none so long; a column is missing or cannot be guessed;
+            a label is unknown; the tokenizer does not fit the model or the text; too few rows.
         FileNotFoundError: no such file or dataset.
     """
     encode, limit = _encoder(model, sequence_length)
-    rows = encode(Task(source, model, tokenizer, sequence_length), read(source))
+    data = read(source)
+    _check_length(model, sequence_length)
+    rows = encode(Task(source, model, tokenizer, sequence_length), data)
     if len(rows) < MIN_ROWS:
         raise ValueError(
             f"{source.name} gives {len(rows)} examples of {sequence_length} tokens; at least {MIN_ROWS} are needed "
             "(hundreds are better). Give more data, or a shorter sequence_length."
         )
+    _check_tokens(model, tokenizer, rows, source.name)
     evaluation = even_positions(len(rows), min(max(len(rows) // 5, 2), limit), seed)
     chosen = set(evaluation)
     rest = [i for i in range(len(rows)) if i not in chosen]
@@ -140,6 +95,47 @@ def load_data(
     return Parts(
         *(_collate(model, tokenizer, [rows[i] for i in part], generator) for part in (calibration, evaluation))
     )
+
+
+def check_reads_text(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model for which no text can be prepared here."""
+    _encoder(model, 1)
+
+
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    limit = positions(model)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(
+            f"sequence_length={sequence_length}: this {model.config.model_type} has {limit} positions. Set "
+            f"sequence_length (--sequence-length) to at most {limit}."
+        )
+
+
+def _check_tokens(model: PreTrainedModel, tokenizer: Any, rows: Rows, name: str) -> None:
+    """Raise ValueError for empty texts, for token ids that the model has not, and for text of unknown words."""
+    empty = [i for i, row in enumerate(rows) if not row["input_ids"]]
+    if empty:
+        raise ValueError(
+            f"{name}: {len(empty)} of {len(rows)} texts have no token, row {empty[0] + 1} first. Drop them."
+        )
+    table: Any = model.get_input_embeddings()
+    largest = max(max(row["input_ids"]) for row in rows)
+    if largest >= table.num_embeddings:
+        raise ValueError(
+            f"The tokenizer gives the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model "
+            f"has {table.num_embeddings}: it is another model's. Name the one it was trained with (--tokenizer)."
+        )
+    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return  # there are none, or they cannot be told from separators
+    few = rows[:: len(rows) // EVALUATION_ROWS + 1]
+    words = [i for row in few for i in row["input_ids"] if i == unknown or i not in special]
+    if words and words.count(unknown) >= UNKNOWN_SHARE * len(words):
+        raise ValueError(
+            f"{words.count(unknown) / len(words):.0%} of the tokens of {name} are {tokenizer.unk_token}: the tokenizer "
+            "does not know this text. Give text of the model's language, or the tokenizer that it was trained with "
+            "(--tokenizer)."
+        )
 
 
 def read(source: Source) -> Dataset:
@@ -157,13 +153,27 @@ def read(source: Source) -> Dataset:
         raise ValueError(f"{source.name} is empty.")
     from datasets import exceptions
 
-    try:
-        found = _load(source, path)
-    except exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{source.name} cannot be read as {FORMATS.get(path.suffix)}: {error.__cause__}") from error
+    with read_as(source.name, FORMATS.get(path.suffix, "a dataset")), _quiet_datasets():
+        try:
+            found = _load(source, path)
+        except exceptions.DatasetGenerationError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
     if not len(found):
         raise ValueError(f"{source.name} has no rows.")
     return found
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """What it logs of an error that it also raises is said twice."""
+    from datasets import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load(source: Source, path: Path) -> Dataset:
@@ -223,6 +233,11 @@ def _encoder(model: PreTrainedModel, sequence_length: int) -> tuple[Callable[[Ta
 
 
 def _classification(task: Task, data: Dataset) -> Rows:
+    if task.model.config.pad_token_id is None:
+        raise ValueError(
+            f"{type(task.model).__name__} reads the last token before the padding, and its config names no "
+            "pad_token_id. Set it in config.json, to the id that the model was trained with."
+        )
     column = text_column(data, task.source)
     labels = _labels(task.model, data, _known(data, task.source.label_column, LABEL_COLUMNS, "label"))
     return [
@@ -287,7 +302,8 @@ def _texts(tokenizer: Any, column: str, values: Sequence[Any]) -> list[str]:
                 f"Column {column!r} holds messages, and this model's tokenizer has no chat template. "
                 "Give a column of plain text."
             )
-        return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in values]
+        with read_as(column, "messages of a role and a content, as the chat template reads them"):
+            return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in values]
     wrong = next((value for value in values if not isinstance(value, str)), "")
     if wrong != "":
         raise ValueError(f"Column {column!r} holds {type(wrong).__name__} ({wrong!r}), not text in every row.")
@@ -295,23 +311,48 @@ def _texts(tokenizer: Any, column: str, values: Sequence[Any]) -> list[str]:
 
 
 def _labels(model: PreTrainedModel, data: Dataset, column: str) -> list[Any]:
-    """Labels as the model numbers them: names go through config.label2id, integers are kept."""
+    """Labels as the model numbers them: names go through config.label2id, numbers are kept.
+
+    Raises:
+        ValueError: rows without a label, or labels that the model does not know.
+    """
     values = data[column][:]
+    missing = [i for i, value in enumerate(values) if value is None]
+    if missing:
+        raise ValueError(
+            f"Column {column!r} has no label in {len(missing)} of {len(values)} rows, row {missing[0] + 1} first. Give "
+            "them one, or drop them."
+        )
+    if model.config.num_labels == 1:
+        return _numbers(values, column)
     known: dict[str, int] = dict(model.config.label2id or {})  # type: ignore[arg-type]
     names = getattr(data.features[column], "names", None)
     if names and set(names) <= set(known):  # the dataset's own numbering may be another
-        values = [names[value] for value in values]
-    if model.config.num_labels == 1 or any(isinstance(value, float) for value in values):
-        return [float(value) for value in values]
-    allowed: dict[Any, int] = known if isinstance(values[0], str) else {i: i for i in known.values()}
-    unknown = sorted({str(value) for value in values if value not in allowed})
+        values = [names[value] if value >= 0 else value for value in values]
+    allowed: dict[Any, int] = {**known, **{i: i for i in known.values()}}
+    unknown = {short(value) for value in values if not isinstance(value, str | int | float) or value not in allowed}
     if unknown:
+        ids = {value for value in values if isinstance(value, int)}
+        hint = " They seem to count from 1: subtract 1." if ids and (min(ids), max(ids)) == (1, len(known)) else ""
         raise ValueError(
-            f"Column {column!r} has labels that the model does not know: {', '.join(unknown[:10])}. The model knows "
-            f"{', '.join(f'{name!r} ({i})' for name, i in known.items())}. Use a model trained on these labels, or "
+            f"Column {column!r} has labels that the model does not know: {_some(sorted(unknown))}.{hint} The model "
+            f"knows {_some([f'{name!r} ({i})' for name, i in known.items()])}. Use a model trained on these labels, or "
             "rename them in the data."
         )
     return [allowed[value] for value in values]
+
+
+def _numbers(values: Sequence[Any], column: str) -> list[float]:
+    wrong = {short(v) for v in values if not isinstance(v, int | float) or isinstance(v, bool) or not math.isfinite(v)}
+    if wrong:
+        raise ValueError(
+            f"Column {column!r} holds {_some(sorted(wrong))}; the model has one output: give finite numbers."
+        )
+    return [float(value) for value in values]
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(values[:SHOWN]) + (", ..." if len(values) > SHOWN else "")
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -327,9 +368,9 @@ def _collate(model: PreTrainedModel, tokenizer: Any, rows: Rows, generator: torc
 
 
 def _pad(model: PreTrainedModel, tokenizer: Any, rows: Rows) -> dict[str, torch.Tensor]:
-    pad = next(
-        (i for i in (tokenizer.pad_token_id, model.config.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )
+    # the model's own first: some classifiers look for it to find the last token
+    choices = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((i for i in choices if i is not None and i >= 0), 0)
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     batch = {
         "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
@@ -348,6 +389,10 @@ def _pad(model: PreTrainedModel, tokenizer: Any, rows: Rows) -> dict[str, torch.
 
 def _mask(tokenizer: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Some tokens become the mask token and must be guessed; special tokens and padding stay."""
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            "The model fills masks, and its tokenizer has no mask token. Give the model's own (--tokenizer)."
+        )
     ids = batch["input_ids"]
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids)) | (batch["attention_mask"] == 0)
     hidden = (torch.rand(ids.shape, generator=generator) < MASKED_SHARE) & ~special
@@ -356,55 +401,3 @@ def _mask(tokenizer: Any, batch: Mapping[str, torch.Tensor], generator: torch.Ge
         "input_ids": ids.masked_fill(hidden, tokenizer.mask_token_id),
         "labels": ids.masked_fill(~hidden, IGNORE),
     }
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, float]:
-    """(metric, value): accuracy of a classifier, perplexity of a causal LM over its tokens, else the mean loss.
-
-    A model without a head or data without labels gives ("loss", nan).
-    """
-    prepared = [
-        prepare(model, batch, torch.zeros(len(next(iter(batch.values()))), dtype=torch.bool)) for batch in batches
-    ]
-    if not has_loss(model, prepared):
-        return "loss", math.nan
-    metric, per_example = _metric(model, prepared[0])
-    total = weight = 0.0
-    with quiet(model), torch.inference_mode():
-        for batch in tqdm(prepared, desc="evaluate", leave=False):
-            values, weights = per_example(model, model(**forward_inputs(model, batch)), batch)
-            total += (values * weights).sum().item()
-            weight += weights.sum().item()
-    return metric, math.exp(total / weight) if metric == "perplexity" else total / weight
-
-
-def _metric(model: PreTrainedModel, batch: Batch) -> tuple[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
-    name, labels = type(model).__name__, batch.targets.get("labels")
-    if labels is not None and labels.dim() == 1 and not labels.is_floating_point() and "Classification" in name:
-        return "accuracy", _correct
-    if getattr(model, "loss_type", None) == "ForCausalLM" and not model.config.is_encoder_decoder:
-        return "perplexity", _token_losses
-    return "loss", _losses
-
-
-def _correct(model: PreTrainedModel, output: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    right = (output.logits.argmax(-1) == batch.targets["labels"]).float()
-    return right, torch.ones_like(right)
-
-
-def _losses(model: PreTrainedModel, output: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    losses = example_losses(model, output, batch)
-    return losses, torch.ones_like(losses)
-
-
-def _token_losses(model: PreTrainedModel, output: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = batch.targets.get("labels")
-    counted = (
-        batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
-        if labels is None
-        else labels != IGNORE
-    )
-    return example_losses(model, output, batch), counted[:, 1:].sum(1).float()

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import layerwise
-from .anatomy import Anatomy, probe_inputs, quiet
+from .anatomy import Anatomy, positions, probe_inputs, quiet
 from .batches import Batch, forward_inputs
 from .config import PruningConfig
 from .costs import CostModel
@@ -99,7 +99,7 @@ def latency_table(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfi
 
 
 def _check_length(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model)
     if anatomy.image_tokens is None and limit and config.sequence_length > limit:
         raise ValueError(
             f"sequence_length={config.sequence_length}: metric='latency' runs the model at that length, and this "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
@@ -43,7 +44,7 @@ class SitePlan:
         if list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0 or self.kept[-1] >= self.of:
             raise ValueError(
                 f"{where}: kept indices must be sorted, without repeats and within 0..{self.of - 1}; got "
-                f"{_short(self.kept)}."
+                f"{short(self.kept)}."
             )
 
     @property
@@ -60,15 +61,13 @@ def _is_count(value: Any) -> bool:
 
 
 def _indices(kept: Any, where: str) -> tuple[int, ...]:
-    try:
-        if not any(isinstance(unit, bool) for unit in kept):
+    if isinstance(kept, Sequence) and not any(isinstance(unit, bool) for unit in kept):
+        with contextlib.suppress(TypeError):
             return tuple(index(unit) for unit in kept)
-    except TypeError:
-        pass
-    raise ValueError(f"{where}: `kept` is a list of whole numbers, got {_short(kept)}.")
+    raise ValueError(f"{where}: `kept` is a list of whole numbers, got {short(kept)}.")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]} ..."
 
@@ -80,14 +79,15 @@ def _as_heads(site: SitePlan, heads_a_group: int) -> SitePlan:
 
 
 def _compose_site(first: SitePlan, then: SitePlan) -> SitePlan:
-    if first.unit != then.unit:
+    if {first.unit, then.unit} == {"head", "kv_group"}:
         if first.unit == "kv_group":
             first = _as_heads(first, then.of // len(first.kept))
         else:
             then = _as_heads(then, len(first.kept) // then.of)
-    if then.of != len(first.kept):
+    if (then.unit, then.of) != (first.unit, len(first.kept)):
         raise ValueError(
-            f"{then.key}: the second plan was made for {then.of} {then.unit}s, the first keeps {len(first.kept)}."
+            f"{then.key}: the second plan was made for {then.of} {then.unit}s, the first keeps {len(first.kept)} "
+            f"{first.unit}s."
         )
     return replace(first, kept=tuple(first.kept[i] for i in then.kept))
 
@@ -102,13 +102,28 @@ class PruningPlan:
     cost: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("model_type", str), ("sites", Sequence), ("config", Mapping), ("cost", Mapping)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"A plan's {name!r} is a {kind.__name__.lower()}, got {short(getattr(self, name))}: restore the "
+                    "plan, or make one with prune()."
+                )
         object.__setattr__(self, "sites", tuple(self.sites))
+        other = next((site for site in self.sites if not isinstance(site, SitePlan)), None)
+        if other is not None:
+            raise ValueError(f"A plan's sites are SitePlans, got {short(other)}; PruningPlan.from_dict reads mappings.")
+        for name in ("config", "cost"):
+            _must_be_json(name, getattr(self, name))
         keys = [site.key for site in self.sites]
-        if len(keys) != len(set(keys)):
-            raise ValueError("A plan names each site once; found a site twice.")
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"A plan names each site once; found {twice} twice.")
 
     def __getitem__(self, key: SiteKey) -> SitePlan:
-        return next(site for site in self.sites if site.key == key)
+        found = next((site for site in self.sites if site.key == key), None)
+        if found is None:
+            raise KeyError(f"The plan has no site {key!r}; it has {short([site.key for site in self.sites])}.")
+        return found
 
     @property
     def is_identity(self) -> bool:
@@ -140,8 +155,19 @@ class PruningPlan:
             )
 
     def compose(self, then: PruningPlan) -> PruningPlan:
-        """This plan followed by `then` (made for the model that this one leaves), as one plan for the dense model."""
+        """This plan followed by `then` (made for the model that this one leaves), as one plan for the dense model.
+
+        Raises:
+            ValueError: `then` was made for another model. TypeError: it is no plan.
+        """
+        must_be_plan(then)
         later = {site.key: site for site in then.sites}
+        unknown = [key for key in later if key not in {site.key for site in self.sites}]
+        if unknown or then.model_type != self.model_type:
+            raise ValueError(
+                f"The second plan is a {then.model_type}'s, the first a {self.model_type}'s, which has no "
+                f"{unknown[0] if unknown else then.model_type + ' sites'}: it was made for another model."
+            )
         sites = tuple(_compose_site(site, later[site.key]) if site.key in later else site for site in self.sites)
         before = self.cost.get("before") or then.cost.get("before")
         return PruningPlan(self.model_type, sites, then.config, {**then.cost, **({"before": before} if before else {})})
@@ -179,15 +205,9 @@ class PruningPlan:
             raise ValueError(f"A plan is a mapping, got {type(data).__name__}.")
         if data.get("format") != FORMAT:
             raise ValueError(f"Plan format {data.get('format')!r} is not {FORMAT}; upgrade hf_prune.")
-        given = {"config": {}, "cost": {}, **data}
-        for name, kind in (("model_type", str), ("sites", list), ("config", Mapping), ("cost", Mapping)):
-            if not isinstance(given.get(name), kind):
-                raise ValueError(
-                    f"A plan's {name!r} is a {kind.__name__.lower()}, got {_short(given.get(name))}: restore the file, "
-                    "or make a plan with prune()."
-                )
-        sites = tuple(_site_from(site) for site in given["sites"])
-        return cls(given["model_type"], sites, given["config"], given["cost"])
+        sites = data.get("sites")
+        read = tuple(_site_from(site) for site in sites) if isinstance(sites, Sequence) else sites
+        return cls(data.get("model_type"), read, data.get("config", {}), data.get("cost", {}))  # type: ignore[arg-type]
 
     def to_json(self) -> str:
         """With a line for each site."""
@@ -218,6 +238,7 @@ class PruningPlan:
 
     def diff(self, other: PruningPlan) -> Iterable[tuple[SiteKey, tuple[int, ...], tuple[int, ...]]]:
         """(site, units kept only here, units kept only in `other`) for every site that differs."""
+        must_be_plan(other)
         theirs = {site.key: set(site.kept) for site in other.sites}
         for site in self.sites:
             mine, their = set(site.kept), theirs.get(site.key, set())
@@ -225,11 +246,29 @@ class PruningPlan:
                 yield site.key, tuple(sorted(mine - their)), tuple(sorted(their - mine))
 
 
+def must_be_plan(plan: Any) -> None:
+    """Raise TypeError for anything but a plan, and say how it becomes one."""
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(
+            f"A plan is a PruningPlan, got {type(plan).__name__}. PruningPlan.load(path) reads a file, "
+            "PruningPlan.from_dict(...) a mapping; PruneResult.plan is one."
+        )
+
+
+def _must_be_json(name: str, value: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"A plan's {name!r} goes into a JSON file, which cannot hold {short(value)}: {error}."
+        ) from error
+
+
 def _site_from(site: Any) -> SitePlan:
     fields = ("stack", "layer", "kind", "unit", "of", "kept")
     missing = [name for name in fields if not isinstance(site, Mapping) or name not in site]
     if missing:
-        raise ValueError(f"A plan's site has {', '.join(fields)}; {_short(site)} has no {', '.join(missing)}.")
+        raise ValueError(f"A plan's site has {', '.join(fields)}; {short(site)} has no {', '.join(missing)}.")
     return SitePlan(**{name: site[name] for name in fields})
 
 

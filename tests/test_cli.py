@@ -21,7 +21,7 @@ CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
 FLAGS = {
     "bench": "--batch --compile --debug --help --length --new-tokens --out --runs",
     "card": "--base-model --datasets --debug --help --license --name",
-    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to --type",
+    "export": "--debug --device-map --dtype --help --int8 --out --overwrite --revision --task --to --tokenizer --type",
     "push": "--debug --help --private --revision",
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
@@ -29,12 +29,10 @@ FLAGS = {
         "--align --allocation --calibration-samples --calibration-seed --criterion --data --debug --device-map "
         "--dry-run --dtype --help --keep --label-column --latency-batch-size --metric --model-type --out --overwrite "
         "--preset --remote-code --repair --revision --scope --sequence-length --shapes --split "
-        "--task --text-column --units"
+        "--task --text-column --tokenizer --units"
     ),
     "train": "--debug --help --set",
 }
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # the command line prints warnings; tiny data causes some
 
 
 @pytest.fixture(autouse=True)

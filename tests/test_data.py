@@ -10,7 +10,10 @@ import tiny
 import tiny_text as texts
 import torch
 
-from hf_prune.data import Source, evaluate, load_data, load_model, read
+from hf_prune.anatomy import positions
+from hf_prune.data import Source, load_data, read
+from hf_prune.evaluation import evaluate
+from hf_prune.opening import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +153,7 @@ def test_what_cannot_be_guessed_lists_the_columns(tmp_path, classifier):
 
 def test_bad_labels_are_named(tmp_path, classifier):
     path = texts.labelled(tmp_path / "a.jsonl", labels=("great", "LABEL_0"))
-    with pytest.raises(ValueError, match=r"does not know: great.*'LABEL_0' \(0\)"):
+    with pytest.raises(ValueError, match=r"does not know: 'great'.*'LABEL_0' \(0\)"):
         parts(classifier, path)
     with pytest.raises(ValueError, match="does not know: 7"):
         parts(classifier, texts.labelled(tmp_path / "b.jsonl", labels=(0, 7)))
@@ -220,3 +223,59 @@ def test_load_model(tmp_path):
     config.write_text(config.read_text().replace("BertForSequenceClassification", "Gone"))
     with pytest.raises(ValueError, match=r"'Gone'.*Say the task: text-classification"):
         load_model(path)
+
+
+# --- tokenizers and lengths that do not fit --------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_a_mask_fills_none(tmp_path):
+    tokenizer = texts.tokenizer()
+    tokenizer.mask_token = None
+    path = texts.labelled(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="its tokenizer has no mask token"):
+        parts(tiny.tiny_model("bert", "BertForMaskedLM"), path, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "roberta", "gpt2", "opt", "bart", "llama", "t5"])
+def test_a_model_runs_at_all_of_its_positions_and_a_longer_text_is_refused(tmp_path, family):
+    model = tiny.tiny_model(family)
+    limit = positions(model)
+    if family == "t5":  # its positions are relative
+        assert limit is None
+        return
+    assert limit == (63 if family == "roberta" else 64)
+    with torch.no_grad():
+        model(**tiny.tiny_batch(model, length=limit))
+    with pytest.raises(ValueError, match=f"sequence_length={limit + 1}: this {family} has {limit} positions"):
+        parts(model, texts.labelled(tmp_path / "a.jsonl"), length=limit + 1)
+
+
+def test_one_word_in_two_may_be_known(tmp_path, classifier):
+    """Text of which the tokenizer knows the most is used; of which it knows at most half, refused."""
+    for count, words in enumerate(("w1 w2 other", "w1 other"), 1):
+        rows = [{"text": f"{words} {words}", "label": i % 2} for i in range(40)]
+        path = texts.write_jsonl(tmp_path / f"{count}.jsonl", rows)
+        if count == 1:
+            assert parts(classifier, path).calibration
+        else:
+            with pytest.raises(ValueError, match=r"50% of the tokens of .* are \[UNK\]"):
+                parts(classifier, path)
+
+
+def test_an_unlabelled_row_of_a_datasets_own_numbering_is_no_label(tmp_path):
+    """-1 stands for none there; it must not become the last name."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features(text=Value("string"), label=ClassLabel(names=["LABEL_0", "LABEL_1"]))
+    data = Dataset.from_dict({"text": texts.sentences(40), "label": [0] * 39 + [-1]}, features=features)
+    data.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="does not know: -1"):
+        parts(tiny.tiny_model("bert"), tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("talk", [[{"content": "w1"}], [{"role": "user"}], ["w1"], [3]])
+def test_messages_that_the_template_cannot_read(tmp_path, talk):
+    path = texts.write_jsonl(tmp_path / "a.jsonl", [{"messages": talk} for _ in range(60)])
+    template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }} {% endfor %}"
+    with pytest.raises(ValueError, match="'messages' cannot be read as messages of a role and a content"):
+        parts(tiny.tiny_model("llama"), path, texts.tokenizer(template), length=7)

@@ -7,9 +7,9 @@ import random
 from dataclasses import FrozenInstanceError
 
 import pytest
-from tiny import cut_everywhere, tiny
+from tiny import changed, cut_everywhere, snapshot, tiny, tiny_batch
 
-from hf_prune import PruningPlan, describe
+from hf_prune import PruningConfig, PruningPlan, describe, prune
 from hf_prune.plan import SitePlan
 
 KEY = ("decoder", 0, "attention")
@@ -147,3 +147,164 @@ def test_check():
         made.check("llama", {})
     with pytest.raises(ValueError, match="not in the plan"):
         made.check("llama", {KEY: {"head": 8}, ("decoder", 1, "ffn"): {"neuron": 4}})
+
+
+# --- edited plans ----------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+IN_A_SITE = {
+    "stack": [None, 3, "", [], "encoder"],
+    "layer": ["0", 0.0, -1, True, None, 2, 10**30, NAN],
+    "kind": [None, 3, "x", "cross_attention", []],
+    "unit": [None, 3, "heads", "neuron", ["head"]],
+    "of": [None, "4", 4.0, True, -4, 0, 3, 10**30, NAN],
+    "kept": [
+        None, 3, "012", [], [0.0], [True, False], ["0"], [None], [[0]], {"0": 1}, NAN, [NAN], [3, 0], [0, 0],
+        [-1], [4], [10**30], [0, 1, 2],
+    ],
+}  # fmt: skip
+IN_A_PLAN = {
+    "format": [None, 0, 2, "1", [], NAN],
+    "model_type": [None, 3, "", "bert", ["llama"]],
+    "sites": [None, 3, {}, "x", [], [None], [1], ["a"], [[]]],
+    "config": [None, 3, "x", [], {"keep": "a"}, {"keep": NAN}, {"criterion": 3}, {"repair": "bias"}, {"rounds": 2.5},
+               {"x": {1}}],
+    "cost": [None, 3, "x", [], {"x": {1}}, {"x": object()}],
+}  # fmt: skip
+
+
+def edited(data, path, value):
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    return data
+
+
+EDITS = [
+    *((("sites", 0, name), value) for name, values in IN_A_SITE.items() for value in values),
+    *(((name,), value) for name, values in IN_A_PLAN.items() for value in values),
+]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("LlamaForCausalLM")
+
+
+def refused(model, data):
+    """An error of ours, ValueError, before anything has changed."""
+    before = snapshot(model)
+    with pytest.raises(ValueError) as problem:
+        prune(model, [tiny_batch(model)], plan=PruningPlan.from_dict(data))
+    assert list(changed(before, model)) == []
+    assert not hasattr(model, "_hf_prune")
+    assert "/hf_prune/" in str(problem.traceback[-1].path)
+    assert len(str(problem.value)) < 600
+
+
+@pytest.mark.parametrize(("path", "value"), EDITS, ids=lambda value: f"{value!r:.24}")
+def test_an_edited_value_is_refused_before_anything_changes(llama, path, value):
+    refused(llama, edited(cut_everywhere(describe(llama)).to_dict(), path, value))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *(lambda data, name=name: data.pop(name) for name in ("format", "model_type", "sites")),
+        *(
+            lambda data, name=name: data["sites"][1].pop(name)
+            for name in ("stack", "layer", "kind", "unit", "of", "kept")
+        ),
+        lambda data: data["sites"].pop(),
+        lambda data: data["sites"].append(data["sites"][0]),
+        lambda data: data["sites"].append({**data["sites"][0], "layer": 9}),
+        lambda data: data["sites"][0].update(unit="head", of=4, kept=[0, 1, 2]),
+        lambda data: data["sites"].sort(key=str) or data["sites"].insert(0, data["sites"].copy()),
+    ],
+)
+def test_what_is_missing_twice_or_uneven_is_refused(llama, edit):
+    data = cut_everywhere(describe(llama)).to_dict()
+    edit(data)
+    refused(llama, data)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda data: data.update(note="mine"),
+    lambda data: data["sites"][0].update(note="mine"),
+    lambda data: data["sites"].reverse(),
+    lambda data: data.pop("config") and None,
+    lambda data: data.update(cost={"metric": 3, "before": None, "keep": "x"}),
+    lambda data: data["sites"][1].update(kept=[47]),
+])  # fmt: skip
+def test_what_does_not_touch_the_decision_is_a_right_result(edit):
+    model = tiny("LlamaForCausalLM")
+    data = cut_everywhere(describe(model)).to_dict()
+    edit(data)
+    plan = PruningPlan.from_dict(data)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan)
+    sizes = describe(model).sizes
+    assert {site.key: sizes[site.key][site.unit] for site in plan.sites} == {s.key: len(s.kept) for s in plan.sites}
+
+
+@pytest.mark.parametrize("data", [None, 3, "x", [], {}, True], ids=repr)
+def test_a_plan_is_read_from_a_mapping(data):
+    with pytest.raises(ValueError, match=r"A plan is a mapping|Plan format"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("given", ["plan.json", b"x", 3, {}, {"format": 1}, []], ids=repr)
+def test_only_a_plan_is_replayed_composed_and_compared(llama, given):
+    before = snapshot(llama)
+    with pytest.raises(TypeError, match=r"A plan is a PruningPlan, got .*PruningPlan\.load"):
+        prune(llama, [tiny_batch(llama)], plan=given)
+    assert list(changed(before, llama)) == []
+    for call in (plan(site([0])).compose, lambda other: list(plan(site([0])).diff(other))):
+        with pytest.raises(TypeError, match="A plan is a PruningPlan"):
+            call(given)
+
+
+def test_two_plans_of_different_models_do_not_compose():
+    first = plan(site([0, 1]))
+    with pytest.raises(ValueError, match=r"a bert's, the first a llama's"):
+        first.compose(PruningPlan("bert", (site([0], of=2),)))
+    with pytest.raises(ValueError, match=r"has no \('decoder', 7"):
+        first.compose(plan(site([0], of=2, key=("decoder", 7, "attention"))))
+    with pytest.raises(ValueError, match=r"made for 2 neurons, the first keeps 2 heads"):
+        first.compose(plan(site([0], of=2, unit="neuron")))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"3", b"[]", b'"x"', b"null", b"NaN", b"[" * 100_000, b"\xff\xfe\x00", b'{"format": 1}', b"{}",
+     b'{"format": ' + b"9" * 5000 + b"}", b'{"format": 1, "model_type": "llama", "sites": [{}]}'],
+    ids=lambda content: f"{content!r:.20}",
+)  # fmt: skip
+def test_other_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        PruningPlan.load(path)
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        PruningPlan.load(tmp_path / "none")
+    with pytest.raises(IsADirectoryError, match="a file is needed"):
+        PruningPlan.load(tmp_path)
+    with pytest.raises(TypeError, match="named by a path, got int"):
+        PruningPlan.load(3)
+    with pytest.raises(ValueError, match="The plan is no JSON"):
+        PruningPlan.from_json(3)
+
+
+def test_a_site_that_is_not_there_is_named():
+    with pytest.raises(KeyError, match=r"no site .*'ffn'.*it has .*attention"):
+        plan(site([0]))["decoder", 0, "ffn"]
+
+
+@pytest.mark.parametrize("sites", [3, None, [{}], ["a"], "ab"], ids=repr)
+def test_a_plan_is_built_from_sites(sites):
+    with pytest.raises(ValueError, match="A plan's"):
+        PruningPlan("llama", sites)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .common import at_least, directory, numbers
+
 
 def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "models", nargs="+", metavar="MODEL", help="Directories or Hub ids; the first is the dense one."
     )
-    command.add_argument("--batch", type=_numbers, default=[1, 32], help="Batch sizes, comma-separated. Default: 1,32.")
-    command.add_argument("--length", type=_numbers, default=[128], help="Tokens, comma-separated. Default: 128.")
-    command.add_argument("--runs", type=int, default=20, help="Timed runs of each, in turn. Default: 20.")
-    command.add_argument("--new-tokens", type=int, default=16, help="Decoded after the prompt. Default: 16; 0: none.")
+    command.add_argument("--batch", type=numbers, default=[1, 32], help="Batch sizes, comma-separated. Default: 1,32.")
+    command.add_argument("--length", type=numbers, default=[128], help="Tokens, comma-separated. Default: 128.")
+    command.add_argument("--runs", type=at_least(1), default=20, help="Timed runs of each, in turn. Default: 20.")
+    command.add_argument(
+        "--new-tokens", type=at_least(0), default=16, help="Decoded after the prompt. Default: 16; 0: none."
+    )
     command.add_argument("--compile", action="store_true", help="Forward passes under torch.compile, too.")
-    command.add_argument("--out", type=Path, help="Directory for measurements.json, .md and .png.")
-
-
-def _numbers(given: str) -> list[int]:
-    numbers = [int(part) for part in given.split(",")]
-    if min(numbers) < 1:
-        raise ValueError(given)
-    return numbers
+    command.add_argument("--out", type=directory, help="Directory for measurements.json, .md and .png.")
 
 
 def run(options: argparse.Namespace) -> None:

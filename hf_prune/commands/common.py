@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import UNIT_CHOICES, PruningConfig
-from ..data import TASKS
+from ..opening import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,57 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", choices=TASKS, help="Which head to open; default: what config.json names.")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="Default: auto, as saved.")
     command.add_argument("--device-map", help="As in from_pretrained. Default: the GPU if there is one, else the CPU.")
+
+
+def tokenizer_argument(command: Any) -> None:
+    command.add_argument("--tokenizer", help="Directory or Hub id of the tokenizer. Default: the model's.")
+
+
+# --- types of arguments; argparse shows the sentence of an ArgumentTypeError ------------------------------------------
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(given: str) -> int:
+        if not given.strip().lstrip("-").isdecimal() or int(given) < least:
+            raise argparse.ArgumentTypeError(f"{given!r} is no whole number of at least {least}")
+        return int(given)
+
+    return number
+
+
+def numbers(given: str) -> list[int]:
+    return [at_least(1)(part) for part in given.split(",")]
+
+
+def path(given: str) -> Path:
+    if not given.strip():
+        raise argparse.ArgumentTypeError("the path is empty; for the current directory write .")
+    return Path(given)
+
+
+def directory(given: str) -> Path:
+    """A directory to write into, which need not be there yet."""
+    found = path(given)
+    above = next(place for place in (found, *found.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{above} is a file; name a directory")
+    return found
+
+
+def fractions(given: str) -> list[float]:
+    """Numbers that give each result a directory of its own."""
+    try:
+        found = [float(part) for part in given.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r}: give numbers, 0 < keep <= 1, separated by commas") from None
+    names = [f"{keep:g}" for keep in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise argparse.ArgumentTypeError(f"{given!r} has {twice} twice (to six digits); give each once")
+    return found
+
+
+# --- what they mean --------------------------------------------------------------------------------------------------
 
 
 def config_argument(group: Any, name: str) -> None:
@@ -51,14 +103,10 @@ def _metavar(name: str, options: Mapping[str, Any]) -> str | None:
     return {"keep": "0.5[,0.6,...]", "units": ",".join(UNIT_CHOICES)}.get(name, name.upper())
 
 
-def fractions(given: str) -> list[float]:
-    return [float(part) for part in given.split(",")]
-
-
 def open_model(options: argparse.Namespace) -> PreTrainedModel:
     import torch
 
-    from ..data import load_model
+    from ..opening import load_model
 
     device_map = options.device_map or ("cuda" if torch.cuda.is_available() else None)
     return load_model(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .common import model_arguments, open_model
+from .common import model_arguments, open_model, path, tokenizer_argument
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     model_arguments(command)
+    tokenizer_argument(command)
     command.add_argument("--to", required=True, choices=FORMATS, help="The format.")
     command.add_argument("--int8", action="store_true", help="onnx: INT8 weights, activations quantised as they come.")
     command.add_argument("--type", choices=("f16", "f32"), default="f16", help="gguf: of the matrices. Default: f16.")
-    command.add_argument("--out", type=Path, required=True, help="onnx: a directory; gguf: a file.")
+    command.add_argument("--out", type=path, required=True, help="onnx: a directory; gguf: a file.")
     command.add_argument("--overwrite", action="store_true", help="Replace what is there.")
 
 
@@ -23,12 +23,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--int8 goes with --to onnx; llama.cpp's own llama-quantize makes smaller types of a GGUF file."
         )
-    from transformers import AutoProcessor
-
+    from ..opening import load_processor
     from ..report.table import console
 
-    model = open_model(options)
-    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision)
+    model, own = open_model(options), options.tokenizer is None
+    processor = load_processor(model, options.model if own else options.tokenizer, options.revision if own else None)
     console().print(FORMATS[options.to](model, processor, options), markup=False)
 
 

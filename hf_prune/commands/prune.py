@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS, TRAINING_FIELDS, PruningConfig
-from .common import config_argument, model_arguments, open_model
+from .common import config_argument, directory, model_arguments, open_model, tokenizer_argument
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from ..oneshot import Analysis
 
 
+RESULT = "keep-{}"  # of several, its directory in OUT
+
+
 def arguments(command: argparse.ArgumentParser) -> None:
     model_arguments(command)
+    tokenizer_argument(command)
     data = command.add_argument_group("data")
     data.add_argument(
         "--data", required=True, help="A datasets name (or name:configuration), or csv/jsonl/parquet/txt."
@@ -39,7 +43,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         if field.name not in TRAINING_FIELDS:
             config_argument(cut, field.name)
     out = command.add_argument_group("output")
-    out.add_argument("--out", type=Path, help="Directory to save to; with several --keep, OUT/keep-0.8 and so on.")
+    out.add_argument("--out", type=directory, help="Directory to save to; with several --keep, OUT/keep-0.8 and so on.")
     out.add_argument("--overwrite", action="store_true", help="Replace an output directory that is not empty.")
     out.add_argument("--remote-code", action="store_true", help="Add a file that opens the result without hf_prune.")
     out.add_argument("--model-type", help="Save as another stock family that holds the weights (llama: mistral).")
@@ -67,11 +71,11 @@ class Job:
     screen: Console
 
     def directory(self, keep: float) -> Path | None:
-        return _directory(self.options.out, keep, self.keeps)
+        return None if self.options.out is None else _directory(self.options.out, keep, self.keeps)
 
 
-def _directory(out: Path | None, keep: float, keeps: Sequence[float]) -> Path | None:
-    return out if out is None or len(keeps) == 1 else out / f"keep-{keep:g}"
+def _directory(out: Path, keep: float, keeps: Sequence[float]) -> Path:
+    return out if len(keeps) == 1 else out / RESULT.format(f"{keep:g}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -89,20 +93,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
-    """Refuse an output directory that is not empty before any work is done for it."""
+    """Refuse an output directory that is not empty before any work is done for it; others' results may lie in OUT."""
     from ..checkpoint.directory import refuse_full
 
+    if options.out is None:
+        return
+    allowed = options.overwrite or options.dry_run
     for keep in keeps:
-        target = _directory(options.out, keep, keeps)
-        if target is not None:
-            refuse_full(target, options.overwrite or options.dry_run)
+        refuse_full(_directory(options.out, keep, keeps), allowed)
+    strangers = [path.name for path in sorted(options.out.glob("*")) if not path.match(RESULT.format("*"))]
+    if len(keeps) > 1 and strangers and not allowed:
+        raise FileExistsError(
+            f"{options.out} holds more than results ({strangers[0]}). Choose another directory, or write beside "
+            "them (--overwrite)."
+        )
 
 
 def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningConfig) -> Job:
-    from transformers import AutoTokenizer
-
-    from ..data import Source, load_data
+    from ..data import Source, check_reads_text, load_data
     from ..families import family_for
+    from ..opening import load_tokenizer
     from ..report.table import console
 
     model = open_model(options)
@@ -112,7 +122,9 @@ def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningCon
             f"--model-type {options.model_type}: {model.config.model_type} weights can be saved as "
             f"{' or '.join(filter(None, (model.config.model_type, door)))}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+    check_reads_text(model)
+    own = options.tokenizer is None
+    tokenizer = load_tokenizer(options.model if own else options.tokenizer, options.revision if own else None)
     source = Source(options.data, options.text_column, options.label_column, options.split)
     parts = load_data(
         source, model, tokenizer, config.sequence_length, config.calibration_samples, config.calibration_seed
@@ -181,7 +193,7 @@ def _estimate(job: Job, analysis: Analysis) -> list[str]:
 
 def _cut_all(job: Job, analysis: Analysis) -> None:
     """Cut to each keep in turn; one table of all."""
-    from ..data import evaluate
+    from ..evaluation import evaluate
     from ..report.table import rich_table
 
     metric, value = evaluate(job.model, job.parts.evaluation)
@@ -204,11 +216,10 @@ def _cut_all(job: Job, analysis: Analysis) -> None:
 
 
 def _cut_one(job: Job, analysis: Analysis, keep: float, model: PreTrainedModel) -> tuple[dict[str, str], list[str]]:
-    from ..data import evaluate
-    from ..oneshot import apply
+    from ..evaluation import evaluate
 
     started = time.perf_counter()
-    result = apply(model, analysis, analysis.plan(keep))
+    result = analysis.cut_(model, keep)
     seconds = time.perf_counter() - started
     metric, value = evaluate(model, job.parts.evaluation)
     row = {"model": f"keep={keep:g}", metric: _value(value)} | _costs(result.report["after"], result.report["before"])

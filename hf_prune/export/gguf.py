@@ -73,11 +73,10 @@ def to_gguf(
 
     Raises:
         ValueError: a family or a tokenizer that llama.cpp has not, or layers of different sizes in one for which it
-            has no architecture. FileExistsError: the file is there. ImportError: no gguf package.
+            has no architecture. FileExistsError: the file is there. IsADirectoryError, NotADirectoryError: the path is
+            a directory, or lies in a file. ImportError: no gguf package.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True.")
+    path = _target(path, overwrite)
     try:
         import gguf
     except ImportError as error:
@@ -102,6 +101,18 @@ def to_gguf(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def _target(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, and GGUF is one file: name it, such as {path / 'model.gguf'}.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name, or overwrite it (overwrite=True, --overwrite).")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file: {path} cannot be made in it.")
     return path
 
 

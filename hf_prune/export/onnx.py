@@ -124,7 +124,7 @@ def _exporter(int8: bool) -> tuple[Any, Any]:
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
     except ImportError as error:
         raise ImportError(
-            f"ONNX export needs onnx, onnxscript, onnxruntime and transformers >= 5.23: {INSTALL}"
+            f"ONNX export needs onnx, onnxscript, onnxruntime, torch >= 2.13 and transformers >= 5.23: {INSTALL}"
         ) from error
     from .kernels import CpuKernels
 
