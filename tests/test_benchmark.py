@@ -79,7 +79,6 @@ def test_cells_are_written_once_and_tell_what_failed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("importance", ["GroupMagnitudeImportance", "GroupTaylorImportance"])
 def test_torch_pruning_runs_and_meets_keep(tmp_path, family, importance):
-    pytest.importorskip("torch_pruning")
     row = Method("peer", torch_pruning(importance))
     run.run_task(task(family), [row], SETTINGS, tmp_path)
     (cell,) = run.read(tmp_path)
@@ -90,7 +89,6 @@ def test_torch_pruning_runs_and_meets_keep(tmp_path, family, importance):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_torch_pruning_cuts_like_a_mask(family):
     """What it gives is the dense model with zeroed columns: heads, KV sharing and neurons still belong together."""
-    pytest.importorskip("torch_pruning")
     given = task(family)
     masked, pruned = copy.deepcopy(given.model), copy.deepcopy(given.model)
     torch_pruning("GroupMagnitudeImportance")(given).cut(pruned, 0.7)
@@ -105,7 +103,6 @@ def test_torch_pruning_cuts_like_a_mask(family):
 
 @pytest.mark.parametrize(("family", "with_data"), [("llama", False), ("llama", True), ("bert", False)])
 def test_optipfair_runs_where_it_can(tmp_path, family, with_data):
-    pytest.importorskip("optipfair")
     run.run_task(task(family), [Method("peer", optipfair("MAW", with_data))], SETTINGS, tmp_path)
     (cell,) = run.read(tmp_path)
     if family == "bert":

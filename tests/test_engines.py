@@ -51,5 +51,5 @@ def test_what_is_not_run_says_so():
 
 def test_vllm_finds_the_loader():
     (found,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "hf_prune")
-    assert found.value == "hf_prune.checkpoint:install_loader"
+    assert found.value == "hf_prune.checkpoint.loader:install_loader"
     assert callable(found.load())

@@ -28,7 +28,7 @@ CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
 
 
 @pytest.fixture(scope="module")

@@ -237,10 +237,19 @@ def test_rescale_is_least_squares_over_one_scale_a_unit(has_bias):
     target = (layer.own + layer.residual).double() - (layer.bias.double() if has_bias else 0)
     expected = torch.linalg.lstsq(parts.flatten(0, 1), target.flatten()[:, None]).solution[:, 0]
     result = rescale(layer.start, layer.moments, [layer.moments], columns_a_unit=1)
-    assert result.accepted == bool(expected.abs().max() <= 10)
-    if result.accepted:
-        torch.testing.assert_close(result.weight[:, :S], weight * expected, rtol=0.05, atol=0.05)
-        assert torch.equal(result.weight[:, S:].float(), layer.start[:, S:])
+    assert result.accepted
+    torch.testing.assert_close(result.weight[:, :S], weight * expected, rtol=0.05, atol=0.05)
+    assert torch.equal(result.weight[:, S:].float(), layer.start[:, S:])
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(8.0, True), (12.0, False)])
+def test_rescale_refuses_scales_beyond_ten(factor, accepted):
+    """The target is the plain cut's own output times a factor, which is then every unit's scale."""
+    layer = Layer(tokens=2000, has_bias=False)
+    layer.residual = factor * layer.x[:, layer.kept] @ layer.start.T - layer.own
+    result = rescale(layer.start, layer.moments, [layer.moments], columns_a_unit=1)
+    assert result.accepted == accepted
+    torch.testing.assert_close(result.weight.float(), layer.start * (factor if accepted else 1.0), rtol=0.05, atol=0.05)
 
 
 def test_rescale_gives_all_columns_of_a_unit_one_scale():

@@ -22,7 +22,7 @@ from hf_prune.export.onnx import to_onnx
 from hf_prune.report.measure import cache_argument
 
 CONFIG = {"align": 4, "calibration_samples": 16, "sequence_length": 12}
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter and what it calls
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
 
 
 def small(family, class_name, shapes):

@@ -16,7 +16,7 @@ from hf_prune import PruningConfig, prune
 from hf_prune.demo.finetune import finetuned
 from hf_prune.demo.real import minilm_path, reviews, tokenized
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_prune
 from hf_prune import DistillationConfig, PruningConfig
 from hf_prune.config import PRESETS, UNIT_CHOICES, Allocation, Criterion, Metric, Repair, Schedule, Scope, Shapes
-from hf_prune.families import FAMILIES
+from hf_prune.families import FAMILIES, FFN, Attention, Family, Stack
 from hf_prune.importance import CRITERIA
 from hf_prune.schedules import SCHEDULES
 
 PACKAGE = Path(hf_prune.__file__).parent
 ORDER = (
     "files", "families", "plan", "schedules", "config", "sites", "anatomy", "importance", "costs", "allocate",
-    "layerwise", "batches", "losses", "calibrate", "surgery", "undo", "latency", "checkpoint", "repair", "sequential",
-    "oneshot", "data", "report", "export", "callbacks", "distill", "teaching", "rounds", "saving", "trainer",
+    "layerwise", "batches", "losses", "checks", "calibrate", "surgery", "undo", "latency", "checkpoint", "repair",
+    "sequential", "oneshot", "opening", "data", "evaluation", "report", "export", "arguments", "callbacks", "distill",
+    "teaching", "rounds", "resume", "saving", "trainer",
 )  # fmt: skip
 PACKAGES = ("checkpoint", "report", "export")  # of several files
 TOGETHER = ("report", "export")  # which may import each other
@@ -58,6 +65,22 @@ def test_imports_point_upward(module):
 def test_every_module_has_its_place():
     outer = {"__init__", "cli", "hub", "recipe"}  # may import from all
     assert {path.stem for path in PACKAGE.glob("*.py")} - outer == set(ORDER) - set(PACKAGES)
+
+
+# in the package checkpoint, each file imports only those before it
+CHECKPOINT = ("__init__", "directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save")
+
+
+def beside(path):
+    """The files of its own folder that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "checkpoint").glob("*.py")), ids=lambda path: path.stem)
+def test_files_of_a_checkpoint_import_in_one_order(path):
+    assert set(beside(path)) <= set(CHECKPOINT[: CHECKPOINT.index(path.stem)])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +129,54 @@ def test_every_family_has_a_tiny_config():
     from tiny import CLASSES, CONFIGS
 
     assert set(FAMILIES) == set(CONFIGS) == set(CLASSES)
+
+
+def attributes_read(*trees):
+    """Names of attributes that are read anywhere, also by `getattr`."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    asked = [node.args[1] for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"]
+    return read | {name.value for name in asked if isinstance(name, ast.Constant)}
+
+
+@pytest.mark.parametrize("row", [Attention, FFN, Stack, Family])
+def test_every_column_of_a_family_is_read(row):
+    """Outside families.py, itself or through a property of the row."""
+    others = [path for path in PACKAGE.rglob("*.py") if path.name != "families.py"]
+    read = attributes_read(*(ast.parse(path.read_text()) for path in others))
+    by_property = {
+        name: attributes_read(ast.parse(textwrap.dedent(inspect.getsource(value.fget))))
+        for name, value in vars(row).items()
+        if isinstance(value, property)
+    }
+    for name, columns in by_property.items():
+        read |= columns if name in read else set()
+    assert {field.name for field in fields(row)} - read == set()
+
+
+# --- the files around the package ------------------------------------------------------------------------------------
+
+ROOT = PACKAGE.parent
+
+
+def test_contributing_names_files_that_exist():
+    named = set(re.findall(r"`((?:hf_prune|examples|recipes|tests)/[^`]*)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(named) > 15
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_the_floors_are_those_that_the_suite_runs_on():
+    """What pyproject.toml allows at least is what `make test-floor` installs. (ONNX has younger floors of its own.)"""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["plots"], *extras["gguf"]]
+    floors = {}
+    for requirement in map(Requirement, wanted):
+        (floors[requirement.name],) = [part.version for part in requirement.specifier if part.operator == ">="]
+    lines = (ROOT / "constraints-floor.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert {name: Version(pins.get(name, "0")) for name in floors} == {k: Version(v) for k, v in floors.items()}
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------
