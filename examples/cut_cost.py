@@ -17,9 +17,9 @@ from texts import calibration
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
 
 from hf_prune import PruningConfig
-from hf_prune.batches import draw, forward_inputs
+from hf_prune.model.batches import draw, forward_inputs
 from hf_prune.demo.real import reviews, tokenized
-from hf_prune.losses import example_losses
+from hf_prune.score.losses import example_losses
 from hf_prune.oneshot import analyze, apply
 
 

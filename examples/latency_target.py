@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune import PruningConfig
-from hf_prune.allocate import SHAPES
+from hf_prune.decide.allocate import SHAPES
 from hf_prune.demo.real import reviews, tokenized
 from hf_prune.oneshot import analyze, apply
 from hf_prune.report.measure import compare

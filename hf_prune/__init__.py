@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.loader import install_loader
 
 if TYPE_CHECKING:
-    from .anatomy import describe
-    from .callbacks import PruningCallback
+    from .model.anatomy import describe
+    from .train.callbacks import PruningCallback
     from .checkpoint.proof import verify
     from .checkpoint.save import save_pretrained
     from .config import DistillationConfig, PruningConfig
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
-    from .trainer import PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
+    from .train.trainer import PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
 
 __all__ = [
     "DistillationConfig",
@@ -41,14 +41,14 @@ __all__ = [
 _HOME = {
     "DistillationConfig": "config",
     "PruneResult": "oneshot",
-    "PruningCallback": "callbacks",
+    "PruningCallback": "train.callbacks",
     "PruningConfig": "config",
-    "PruningMixin": "trainer",
+    "PruningMixin": "train.trainer",
     "PruningPlan": "plan",
-    "PruningSeq2SeqTrainer": "trainer",
-    "PruningTrainer": "trainer",
+    "PruningSeq2SeqTrainer": "train.trainer",
+    "PruningTrainer": "train.trainer",
     "analyze": "oneshot",
-    "describe": "anatomy",
+    "describe": "model.anatomy",
     "measure": "report.measure",
     "prune": "oneshot",
     "save_pretrained": "checkpoint.save",

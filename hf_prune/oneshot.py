@@ -18,25 +18,25 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from . import layerwise
-from .allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of, warn_if_far_below
-from .anatomy import Anatomy, describe, quiet
-from .batches import GUARD, Batch, draw, forward_inputs, token_mask
-from .calibrate import ALONE, Ranks, statistics
+from .model import layerwise
+from .decide.allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of, warn_if_far_below
+from .model.anatomy import Anatomy, describe, quiet
+from .model.batches import GUARD, Batch, draw, forward_inputs, token_mask
+from .score.statistics import ALONE, Ranks, statistics
 from .checkpoint.history import PROOF_ROWS, Record, pack, record_of
 from .checkpoint.layout import KEY, configs_of, write_
-from .checks import check_inputs, fit_labels
+from .score.checks import check_inputs, fit_labels
 from .config import PruningConfig, config_or
-from .costs import dense_counts, planned_counts
-from .costs import report as cost_report
-from .importance import CRITERIA, Criterion, SiteStatistics
-from .latency import LatencyTable, Watch, latency_table
-from .losses import has_head, has_loss, predicts_tokens
+from .decide.costs import dense_counts, planned_counts
+from .decide.costs import report as cost_report
+from .score.criteria import CRITERIA, Criterion, SiteStatistics
+from .decide.latency import LatencyTable, Watch, latency_table
+from .score.losses import has_head, has_loss, predicts_tokens
 from .plan import PruningPlan, SiteKey, must_be_plan
-from .sequential import StackRepair
-from .sites import Site
-from .surgery import cut_, kept_columns
-from .undo import undone_on_error
+from .repair.walk import StackRepair
+from .model.sites import Site
+from .model.cut import cut_, kept_columns
+from .model.undo import undone_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

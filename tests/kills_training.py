@@ -32,7 +32,7 @@ from training import rows, trainer
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 import hf_prune
-from hf_prune.resume import checkpoints, damage, known_by
+from hf_prune.train.resume import checkpoints, damage, known_by
 
 NAME = "BertForSequenceClassification"
 RUN: dict[str, Any] = {
@@ -44,16 +44,16 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 PHASES = {  # where a run is killed: (object, function, at which call)
     "scoring": ("hf_prune.oneshot", "statistics", 2),
-    "cut": ("hf_prune.sequential", "cut_", 6),
+    "cut": ("hf_prune.repair.walk", "cut_", 6),
     "after a cut": ("hf_prune.oneshot", "write_", 2),
-    "boundary": ("hf_prune.rounds.Run", "save", 4),
+    "boundary": ("hf_prune.train.rounds.Run", "save", 4),
     "boundary's exchange": ("hf_prune.checkpoint.directory", "_put", 2),
-    "checkpoint": ("hf_prune.trainer.PruningTrainer", "_save_optimizer_and_scheduler", 3),
+    "checkpoint": ("hf_prune.train.trainer.PruningTrainer", "_save_optimizer_and_scheduler", 3),
     "checkpoint's last file": ("transformers.TrainerState", "save_to_json", 5),
     "removing old checkpoints": ("transformers.trainer", "rotate_checkpoints", 4),
-    "evaluation": ("hf_prune.trainer.PruningTrainer", "evaluation_loop", 3),
-    "best model": ("hf_prune.trainer.PruningTrainer", "_load_best_model", 1),
-    "proof": ("hf_prune.saving", "prove", 1),
+    "evaluation": ("hf_prune.train.trainer.PruningTrainer", "evaluation_loop", 3),
+    "best model": ("hf_prune.train.trainer.PruningTrainer", "_load_best_model", 1),
+    "proof": ("hf_prune.train.saving", "prove", 1),
     "save's exchange": ("hf_prune.checkpoint.directory", "_put", 3),
     **{f"step {step}": ("step", "", step) for step in (1, 2, 3, 4)},
 }

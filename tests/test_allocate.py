@@ -10,7 +10,7 @@ import torch
 from tiny import FAMILY_NAMES, tiny, tiny_batch, tiny_model, within_reach
 
 from hf_prune import PruningConfig, describe
-from hf_prune.allocate import (
+from hf_prune.decide.allocate import (
     Ranking,
     Table,
     _comparable,
@@ -22,7 +22,7 @@ from hf_prune.allocate import (
     rearranged,
     unit_of,
 )
-from hf_prune.costs import cost_model, dense_counts, planned_counts
+from hf_prune.decide.costs import cost_model, dense_counts, planned_counts
 from hf_prune.oneshot import analyze
 
 SHAPES = ("stock", "uniform", "per_layer")
@@ -71,7 +71,7 @@ def test_a_thinned_frontier_stays_within_a_small_gap(seed, monkeypatch):
     budget = 0.5 * sum(t.cost.max() for t in tables)
     best = sum(t.loss[i] for t, i in zip(tables, _knapsack(tables, budget), strict=True))
     assert best == pytest.approx(brute_force(tables, budget))
-    monkeypatch.setattr("hf_prune.allocate.FRONTIER", 64)
+    monkeypatch.setattr("hf_prune.decide.allocate.FRONTIER", 64)
     thinned = _knapsack(tables, budget)
     assert sum(t.cost[i] for t, i in zip(tables, thinned, strict=True)) <= budget
     assert sum(t.loss[i] for t, i in zip(tables, thinned, strict=True)) <= 1.05 * best

@@ -15,7 +15,7 @@ from tiny import tiny_batch, tiny_model
 from hf_prune import PruningConfig, prune, save_pretrained
 from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE
 from hf_prune.checkpoint.proof import weights_id
-from hf_prune.cli import main
+from hf_prune.cli.main import main
 from hf_prune.report import plots
 from hf_prune.report.card import EVALUATION, fenced, quoted, write_card, write_evaluation
 from hf_prune.report.corners import CORNERS_FILE

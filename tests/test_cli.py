@@ -14,7 +14,7 @@ import tiny_text
 import transformers
 
 from hf_prune import PruningConfig
-from hf_prune.cli import main, parser
+from hf_prune.cli.main import main, parser
 from hf_prune.config import TRAINING_FIELDS
 
 CUT = ["--calibration-samples", "64", "--sequence-length", "16", "--align", "1"]
@@ -94,7 +94,7 @@ def test_help(command, capsys):
 
 
 def test_flags_become_the_config():
-    from hf_prune.commands.prune import pruning_config
+    from hf_prune.cli.prune import pruning_config
 
     start = ["prune", "m", "--data", "d"]
     given = parser().parse_args([*start, "--units", "heads,neurons", "--metric", "params", "--align", "4"])
@@ -167,7 +167,7 @@ def test_several_keeps_make_one_table_from_one_pass(bert, labelled, tmp_path, ca
 
 
 def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune.commands import prune
+    from hf_prune.cli import prune
 
     opened = []
     original = prune.open_model
@@ -192,7 +192,7 @@ def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
 def test_latency_is_shown_in_milliseconds(mode, bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune import latency
+    from hf_prune.decide import latency
 
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(latency, "ROUNDS", 1)

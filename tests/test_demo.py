@@ -58,7 +58,7 @@ def test_a_process_that_knows_only_the_directory_scores_it(tmp_path, shapes, doo
 
 @pytest.mark.slow
 def test_demo_quick(tmp_path, capsys):
-    from hf_prune.cli import main
+    from hf_prune.cli.main import main
 
     out, cache = tmp_path / "out", tmp_path / "cache"
     assert main(["demo", "--quick", "--out", str(out), "--cache", str(cache)]) == 0

@@ -13,8 +13,8 @@ from training import rows, trainer
 from transformers import default_data_collator
 
 from hf_prune import DistillationConfig, distill, schedules
-from hf_prune.batches import prepare
-from hf_prune.distill import Distillation, divergence, layer_map, relative_error, with_teacher_logits
+from hf_prune.model.batches import prepare
+from hf_prune.train.distill import Distillation, divergence, layer_map, relative_error, with_teacher_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens to refit")
 ALL = {"logits_weight": 1.0, "hidden_weight": 1.0, "attention_weight": 1.0}

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_batch, tiny_model
 
 from hf_prune import PruningConfig, prune, save_pretrained
-from hf_prune.families import FAMILIES
+from hf_prune.model.families import FAMILIES
 from hf_prune.report.engines import ENGINES, NOT_RUN, checkpoint_rows, engine_rows, verdict
 
 

@@ -15,7 +15,7 @@ import transformers
 from tiny import changed, cut, cut_everywhere, cut_tiny, distance, outputs, rows, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
-from hf_prune.sites import consumer
+from hf_prune.model.sites import consumer
 
 
 @pytest.fixture

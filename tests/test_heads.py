@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
-from hf_prune.sequential import improvement
+from hf_prune.repair.walk import improvement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
 CHOICES = 3

@@ -15,7 +15,7 @@ from tiny import cut_tiny, tiny_batch, tiny_model
 
 from hf_prune import PruningConfig, prune, save_pretrained
 from hf_prune.checkpoint.proof import PROOF_FILE, proven
-from hf_prune.hub import push
+from hf_prune.checkpoint.hub import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of httpx
 OPEN = """
@@ -59,7 +59,7 @@ def python(environment, code, *arguments):
 
 
 def pushed(environment, *arguments):
-    return python(environment, "import sys; from hf_prune.cli import main; sys.exit(main())", "push", *arguments)
+    return python(environment, "import sys; from hf_prune.cli.main import main; sys.exit(main())", "push", *arguments)
 
 
 def contents(directory):

@@ -15,7 +15,7 @@ from kills_training import NAME, PHASES, same
 from tiny import tiny
 from training import rows
 
-from hf_prune.resume import known_by
+from hf_prune.train.resume import known_by
 
 QUICK = ("cut", "boundary", "checkpoint", "save's exchange")
 NOTHING = {"missing": 0, "unloadable": 0, "stale proof": 0, "a note is lost": 0, "leftovers": 0}

@@ -8,8 +8,8 @@ import transformers
 from tiny import changed, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, analyze, prune
-from hf_prune.batches import draw
-from hf_prune.checks import fit_labels
+from hf_prune.model.batches import draw
+from hf_prune.score.checks import fit_labels
 
 CONFIG = {"keep": 0.95, "calibration_samples": 8, "sequence_length": 12}
 

@@ -13,10 +13,10 @@ import torch
 from tiny import EVERY_CLASS, changed, cut_everywhere, snapshot, tiny, tiny_batch, tiny_model
 
 from hf_prune import PruningConfig, describe, latency, prune
-from hf_prune.allocate import allocate, choose_units, unit_of
-from hf_prune.anatomy import quiet
-from hf_prune.costs import CostModel, cost_model, dense_counts, planned_counts
-from hf_prune.latency import LatencyTable, MeasuredCost, latency_table, monotone
+from hf_prune.decide.allocate import allocate, choose_units, unit_of
+from hf_prune.model.anatomy import quiet
+from hf_prune.decide.costs import CostModel, cost_model, dense_counts, planned_counts
+from hf_prune.decide.latency import LatencyTable, MeasuredCost, latency_table, monotone
 from hf_prune.oneshot import analyze, apply
 
 CONFIG = PruningConfig(
@@ -460,7 +460,7 @@ def test_device_names(monkeypatch):
 def test_cache_directory(monkeypatch, tmp_path):
     assert latency.cache_directory() == tmp_path / "latency"
     monkeypatch.delenv("HF_PRUNE_CACHE")
-    assert re.search(r"\.cache.hf_prune.latency$", str(latency.cache_directory()))
+    assert re.search(r"\.cache.hf_prune.decide.latency$", str(latency.cache_directory()))
 
 
 def test_a_table_is_a_cost_model():

@@ -9,9 +9,9 @@ from tiny import tiny, tiny_batch
 from torch.nn import functional
 
 from hf_prune import describe
-from hf_prune.batches import draw, even_positions
-from hf_prune.calibrate import Sums, gradients, rows_of, statistics
-from hf_prune.importance import (
+from hf_prune.model.batches import draw, even_positions
+from hf_prune.score.statistics import Sums, gradients, rows_of, statistics
+from hf_prune.score.criteria import (
     CRITERIA,
     REPRESENTATION,
     SiteStatistics,
@@ -24,10 +24,10 @@ from hf_prune.importance import (
     magnitude,
     random,
 )
-from hf_prune.losses import _draw
-from hf_prune.repair import ChannelSums, Moments, fold, refit, refit_channels, rescale, shift_bias, solve, token_weights
-from hf_prune.sequential import matrix_of, set_matrix_
-from hf_prune.sites import consumer
+from hf_prune.score.losses import _draw
+from hf_prune.repair.solve import ChannelSums, Moments, fold, refit, refit_channels, rescale, shift_bias, solve, token_weights
+from hf_prune.repair.walk import matrix_of, set_matrix_
+from hf_prune.model.sites import consumer
 
 N, K, S, D = 200, 12, 7, 5  # tokens, dense columns, kept columns, outputs
 

@@ -28,15 +28,15 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
-from hf_prune.batches import draw
-from hf_prune.calibrate import gradients, masked
-from hf_prune.costs import cost_model, dense_counts, planned_counts
-from hf_prune.families import FFN
-from hf_prune.importance import CRITERIA
-from hf_prune.losses import example_losses
+from hf_prune.model.batches import draw
+from hf_prune.score.statistics import gradients, masked
+from hf_prune.decide.costs import cost_model, dense_counts, planned_counts
+from hf_prune.model.families import FFN
+from hf_prune.score.criteria import CRITERIA
+from hf_prune.score.losses import example_losses
 from hf_prune.oneshot import analyze, record_of
-from hf_prune.sequential import improvement
-from hf_prune.sites import consumer, find_sites, get, input_axis
+from hf_prune.repair.walk import improvement
+from hf_prune.model.sites import consumer, find_sites, get, input_axis
 
 SHAPES = ("stock", "uniform", "per_layer")
 ONE_OF_EACH_KIND = (

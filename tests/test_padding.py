@@ -10,9 +10,9 @@ from tiny import cut, cut_everywhere, distance, outputs, tiny_batch, tiny_model
 from transformers.models.auto import modeling_auto
 
 from hf_prune import PruningConfig, describe, layerwise, prune
-from hf_prune.anatomy import quiet
-from hf_prune.batches import draw, forward_inputs, token_mask
-from hf_prune.calibrate import masked, rows_of
+from hf_prune.model.anatomy import quiet
+from hf_prune.model.batches import draw, forward_inputs, token_mask
+from hf_prune.score.statistics import masked, rows_of
 from hf_prune.oneshot import _layers, analyze
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")

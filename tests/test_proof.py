@@ -17,7 +17,7 @@ from tiny import cut_tiny, distance, outputs, tiny, tiny_batch
 from hf_prune import PruningConfig, prune, save_pretrained, verify
 from hf_prune.checkpoint.history import PLAN_FILE, record_of
 from hf_prune.checkpoint.proof import PROOF_FILE
-from hf_prune.cli import main
+from hf_prune.cli.main import main
 from hf_prune.report import plots
 from hf_prune.report.card import write_card
 from hf_prune.report.engines import checkpoint_rows

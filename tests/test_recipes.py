@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import tiny_model
 from transformers import AutoConfig, ViTImageProcessor
 
-from hf_prune import recipe
-from hf_prune.cli import main
+from hf_prune.cli import recipe
+from hf_prune.cli.main import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = {  # what makes a recipe tiny

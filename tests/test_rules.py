@@ -21,8 +21,8 @@ from transformers import HfArgumentParser, TrainingArguments
 import hf_prune
 from hf_prune import DistillationConfig, PruningConfig
 from hf_prune.config import PRESETS, UNIT_CHOICES, Allocation, Criterion, Metric, Repair, Schedule, Scope, Shapes
-from hf_prune.families import FAMILIES, FFN, Attention, Family, Stack
-from hf_prune.importance import CRITERIA
+from hf_prune.model.families import FAMILIES, FFN, Attention, Family, Stack
+from hf_prune.score.criteria import CRITERIA
 from hf_prune.schedules import SCHEDULES
 
 PACKAGE = Path(hf_prune.__file__).parent

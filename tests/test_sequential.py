@@ -8,14 +8,16 @@ import pytest
 import torch
 from tiny import FAMILY_NAMES, cut_everywhere, tiny_batch, tiny_model
 
-from hf_prune import describe, layerwise
-from hf_prune.anatomy import quiet
-from hf_prune.batches import draw, forward_inputs, token_mask
-from hf_prune.calibrate import rows_of
+from hf_prune import describe
+
+from hf_prune.model import layerwise
+from hf_prune.model.anatomy import quiet
+from hf_prune.model.batches import draw, forward_inputs, token_mask
+from hf_prune.score.statistics import rows_of
 from hf_prune.oneshot import _by_layer, _layers
 from hf_prune.plan import PruningPlan
-from hf_prune.sequential import StackRepair
-from hf_prune.sites import readers
+from hf_prune.repair.walk import StackRepair
+from hf_prune.model.sites import readers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens:UserWarning")
 

@@ -33,9 +33,9 @@ from hf_prune import (
     describe,
     prune,
 )
-from hf_prune.costs import dense_counts, report
-from hf_prune.resume import complete_checkpoints
-from hf_prune.rounds import STATE_FILE
+from hf_prune.decide.costs import dense_counts, report
+from hf_prune.train.resume import complete_checkpoints
+from hf_prune.train.rounds import STATE_FILE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tokens to refit"),
@@ -346,7 +346,7 @@ def test_a_save_into_the_output_directory_keeps_the_checkpoints(tmp_path):
 def test_a_save_that_does_not_reload_is_not_left(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     run.train()
-    monkeypatch.setattr("hf_prune.saving.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
+    monkeypatch.setattr("hf_prune.train.saving.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
     with pytest.raises(RuntimeError, match="other outputs"):
         run.save_model(str(tmp_path / "small"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

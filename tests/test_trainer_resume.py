@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from tiny import tiny, tiny_batch
 from training import rows, trainer
 
-from hf_prune.resume import apart, complete_checkpoints, damage, known_by
+from hf_prune.train.resume import apart, complete_checkpoints, damage, known_by
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens to refit")
 NAME = "BertForSequenceClassification"

@@ -111,7 +111,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(quick, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("hf_prune.saving.prove", "hf_prune.saving.carry", "hf_prune.checkpoint.directory._put"):
+    for name in ("hf_prune.train.saving.prove", "hf_prune.train.saving.carry", "hf_prune.checkpoint.directory._put"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(OSError, match="No space left"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_prune import PruningConfig, describe, oneshot, prune, sequential, surgery
 from hf_prune.checkpoint import layout
-from hf_prune.undo import undone_on_error
+from hf_prune.model.undo import undone_on_error
 
 MODELS = [CLASSES[family][0] for family in ("bert", "gpt2", "llama", "t5", "phi3", "bart")]
 STAGES = {  # what a cut is made of: module, name

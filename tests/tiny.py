@@ -202,7 +202,7 @@ def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
 def within_reach(model: Any, config: Any) -> Any:
     """The same configuration, with `keep` halfway between all and the least that its units and shapes can reach."""
     from hf_prune import describe
-    from hf_prune.allocate import default_align, reachable
+    from hf_prune.decide.allocate import default_align, reachable
 
     anatomy = describe(model)
     least = reachable(anatomy, config, config.align or default_align(anatomy, "cpu"))

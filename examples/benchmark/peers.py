@@ -19,12 +19,12 @@ import torch
 from tasks import Prepared, Task
 
 from hf_prune import describe
-from hf_prune.allocate import default_align
-from hf_prune.anatomy import Anatomy, probe_inputs
-from hf_prune.batches import Batch, forward_inputs
-from hf_prune.costs import cost_model, dense_counts
-from hf_prune.losses import example_losses
-from hf_prune.sites import Site, ups
+from hf_prune.decide.allocate import default_align
+from hf_prune.model.anatomy import Anatomy, probe_inputs
+from hf_prune.model.batches import Batch, forward_inputs
+from hf_prune.decide.costs import cost_model, dense_counts
+from hf_prune.score.losses import example_losses
+from hf_prune.model.sites import Site, ups
 
 TRACE_LENGTH = 7  # of no other dimension: Torch-Pruning reads axes off their sizes
 Left = Callable[[Site, float], tuple[int, int]]  # (site, ratio removed) -> heads or neurons left, KV heads left

@@ -19,9 +19,9 @@ from smollm2 import perplexity, smollm2
 from texts import PROSE, austen, brown, calibration, evaluation
 
 from hf_prune import PruningConfig, describe
-from hf_prune.batches import Batch, draw
-from hf_prune.costs import dense_counts
-from hf_prune.costs import report as cost_report
+from hf_prune.model.batches import Batch, draw
+from hf_prune.decide.costs import dense_counts
+from hf_prune.decide.costs import report as cost_report
 from hf_prune.demo.finetune import finetuned
 from hf_prune.demo.real import minilm_path, reviews, tokenized
 from hf_prune.oneshot import Analysis, analyze

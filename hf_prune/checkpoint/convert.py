@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .. import sites
-from ..families import family_for
+from ..model import sites
+from ..model.families import family_for
 from . import layout
 from .layout import KEY, write_
 

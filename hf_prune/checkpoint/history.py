@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..families import FAMILIES
+from ..model.families import FAMILIES
 from ..files import read_json, write_text
 from ..plan import PruningPlan, SitePlan
 from .layout import HOME, KEY, entry_of
@@ -23,7 +23,7 @@ from .layout import HOME, KEY, entry_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..batches import Batch
+    from ..model.batches import Batch
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from ..families import Attention, Family, family_for
-from ..sites import Site, find_sites
-from ..surgery import cut_
+from ..model.families import Attention, Family, family_for
+from ..model.sites import Site, find_sites
+from ..model.cut import cut_
 
 FORMAT = 1
 KEY = "hf_prune"  # of the entry in config.json

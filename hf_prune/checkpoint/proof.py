@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy import probe_inputs, quiet
+from ..model.anatomy import probe_inputs, quiet
 from ..files import read_json, write_text
 from .convert import auto_classes
 from .directory import path_of, put_back

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import families, sites, surgery
+from ..model import families, sites, cut as surgery
 from . import layout
 from .convert import auto_classes
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy import check_model
+from ..model.anatomy import check_model
 from .convert import as_model_type
 from .directory import beside, refuse_full
 from .history import record_of

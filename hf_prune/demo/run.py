@@ -17,7 +17,7 @@ from datasets import DatasetDict
 from tqdm.auto import tqdm
 
 from .. import oneshot
-from ..allocate import SHAPES
+from ..decide.allocate import SHAPES
 from ..checkpoint.save import save_pretrained
 from ..config import PruningConfig
 from ..files import write_text

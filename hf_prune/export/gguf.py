@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy import describe
-from ..sites import Site
+from ..model.anatomy import describe
+from ..model.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

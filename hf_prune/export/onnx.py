@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import find_labels
 
-from ..anatomy import quiet
+from ..model.anatomy import quiet
 from ..checkpoint.directory import beside, refuse_full
 from ..checkpoint.proof import proof_inputs
 from ..report.measure import cache_argument

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..allocate import SHAPES, choose_units, default_align, reachable
-from ..anatomy import Anatomy
+from ..decide.allocate import SHAPES, choose_units, default_align, reachable
+from ..model.anatomy import Anatomy
 from ..checkpoint.layout import KEY
 from ..config import PruningConfig
-from ..costs import CostModel, cost_model, dense_counts
-from ..sites import Site
+from ..decide.costs import CostModel, cost_model, dense_counts
+from ..model.sites import Site
 from .table import Row, count
 
 STOCK_HEADS = {

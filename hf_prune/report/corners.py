@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy import quiet
+from ..model.anatomy import quiet
 from ..checkpoint.proof import weights_id
 from ..export.onnx import graph_inputs, to_onnx
 from ..files import write_text
-from ..latency import device_name, random_inputs, synchronize
+from ..decide.latency import device_name, random_inputs, synchronize
 from .measure import Clock, directory_bytes, entry, interleaved
 from .table import Row
 

@@ -13,7 +13,7 @@ from ..checkpoint.layout import KEY, checked
 from ..checkpoint.proof import checkpoint
 from ..export.gguf import ARCHITECTURES
 from ..files import read_json
-from ..opening import TASKS, WITHOUT_PIPELINE
+from ..data.opening import TASKS, WITHOUT_PIPELINE
 from .table import Row
 
 NOT_RUN = "not run in our tests"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..anatomy import quiet
-from ..batches import forward_inputs
-from ..importance import CRITERIA
+from ..model.anatomy import quiet
+from ..model.batches import forward_inputs
+from ..score.criteria import CRITERIA
 from ..oneshot import Analysis
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
-from ..allocate import default_align
-from ..anatomy import Anatomy, describe, positions, quiet
+from ..decide.allocate import default_align
+from ..model.anatomy import Anatomy, describe, positions, quiet
 from ..checkpoint.proof import weights_id
-from ..costs import dense_counts
-from ..costs import report as cost_report
-from ..latency import device_name, random_inputs, timed
+from ..decide.costs import dense_counts
+from ..decide.costs import report as cost_report
+from ..decide.latency import device_name, random_inputs, timed
 from .resident import footprint
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def compare(
 def _open(model: Measurable) -> PreTrainedModel:
     if not isinstance(model, str | os.PathLike):
         return model
-    from ..opening import load_model
+    from ..data.opening import load_model
 
     loaded: Any = load_model(os.fspath(model))
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")

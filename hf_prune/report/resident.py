@@ -41,9 +41,9 @@ def _measured(directory: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from ..anatomy import positions
-    from ..latency import random_inputs
-    from ..opening import load_model, model_class
+    from ..model.anatomy import positions
+    from ..decide.latency import random_inputs
+    from ..data.opening import load_model, model_class
 
     model_class(AutoConfig.from_pretrained(directory))  # imports its modelling code
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""Models, tokenizers and texts by name, as batches."""

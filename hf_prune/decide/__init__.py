@@ -1,0 +1,1 @@
+"""What goes: costs, and the plan that loses least at a target."""

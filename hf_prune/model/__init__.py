@@ -1,0 +1,1 @@
+"""Models: their families as data, the anatomy of a live one, and how it is cut."""

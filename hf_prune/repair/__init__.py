@@ -1,0 +1,1 @@
+"""What the remaining weights must become: closed-form solves, and the walk over the layers."""

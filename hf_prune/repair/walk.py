@@ -1,0 +1,285 @@
+"""Cut and repair one stack, bottom to top: the dense and the pruned stream advance together, one layer at a time.
+
+Within a layer each sublayer is cut and repaired before the next is looked at, so that every refit sees the inputs that
+the finished model will give it. "The stream" is the residual (pre-norm), or the sum before the norm (post-LN).
+
+Shapes: B examples, T tokens, n real tokens, K input columns of a consumer, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..model import layerwise
+from ..score.statistics import rows_of
+from ..model.layerwise import OUTPUT, Stream
+from ..plan import PruningPlan, SiteKey, SitePlan
+from .solve import (
+    BLENDS,
+    TOKENS_A_COLUMN,
+    ChannelSums,
+    Moments,
+    Refit,
+    fold,
+    refit,
+    refit_channels,
+    rescale,
+    shift_bias,
+    token_weights,
+)
+from ..model.sites import Site, input_axis, readers
+from ..model.cut import cut_, kept_columns, put_
+
+Sums = TypeVar("Sums")
+Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
+
+
+@dataclass
+class StackRepair:
+    """Both streams of one stack, and which rows count.
+
+    `masks` [B*T] are True at real tokens; `held_out` [B] is 0 for examples that repairs are fitted to, else the number
+    of the set that the example is in, which chooses among repairs and refuses them.
+    """
+
+    plan: PruningPlan
+    method: str  # "least_squares", "rescale" or "bias"
+    dense: Stream
+    pruned: Stream
+    masks: Sequence[torch.Tensor | None]
+    held_out: Sequence[torch.Tensor]
+    norm_offset: float = 0.0
+    gradients: Mapping[SiteKey, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
+    _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
+
+    def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
+        """Cut and repair all layers in place; one report per cut site."""
+        reports = []
+        diverged = any(not torch.equal(a, b) for a, b in zip(self.dense.states, self.pruned.states, strict=True))
+        progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
+        for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
+            reads, targets = self._advance_dense(index, layer, here)
+            self._advanced = False
+            for position, site in enumerate(here):
+                read, wanted = reads.pop(site.kind), targets.pop(site.kind)  # as large as a stream: let go when done
+                realigned = diverged and self.method == "least_squares" and self._realign_(index, layer, site, read)
+                if not self.plan[site.key].is_identity:
+                    report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
+                    reports.append(report | {"realigned": realigned})
+                    diverged = True
+            if not self._advanced:
+                self._advance_pruned(index, layer)
+        return reports
+
+    def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
+        """Run the dense layer. By sublayer and batch: what it reads, and the stream behind it (post-LN: before its
+        norm)."""
+        reads: Streams = {site.kind: [] for site in sites}
+        targets: Streams = {site.kind: [] for site in sites}
+        first = {site.kind: readers(layer, site)[0] for site in sites}
+        wanted = [path for site in sites for path in {site.row.consumer, _end(site)}]
+        for batch, state in enumerate(self.dense.states):
+            arguments = self.dense.kwargs[index][batch]
+            seen = layerwise.run(layer, state, arguments, inputs_of=list(first.values()), outputs_of=wanted)
+            for site in sites:
+                if site.row.consumer in seen:
+                    part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
+                    summed = state + seen[part].view_as(state)
+                    state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
+                    reads[site.kind].append(seen[first[site.kind]])
+                    targets[site.kind].append(summed)
+            self.dense.states[batch] = seen[OUTPUT]
+        return reads, targets
+
+    def _advance_pruned(self, index: int, layer: nn.Module) -> None:
+        for batch, state in enumerate(self.pruned.states):
+            self.pruned.states[batch] = layerwise.run(layer, state, self.pruned.kwargs[index][batch])[OUTPUT]
+
+    def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
+        """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
+        fold it into the matrices that read, if held-out error falls."""
+        paths = readers(layer, site)
+        modules: list[Any] = [layer.get_submodule(path) for path in paths]
+        width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
+        has_bias = all(module.bias is not None for module in modules)
+        sums = [Moments(width, width, has_bias, device) for _ in range(self._sets)]
+        for batch, wanted in enumerate(dense):
+            arguments = self.pruned.kwargs[index][batch]
+            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=paths[:1], stop_at=paths[0])
+            for moments, examples in self._by_set(sums, batch):
+                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[paths[0]], wanted))
+                moments.add(x, y, torch.zeros_like(y))
+        identity = torch.eye(width, width + has_bias, device=device)
+        found = refit(identity, sums[0], sums[1:], (0.0,))
+        if found.accepted:
+            for module in modules:
+                set_matrix_(module, fold(matrix_of(module), found.weight))
+        return found.accepted
+
+    def _site_(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
+    ) -> dict[str, Any]:
+        """Cut and repair the last of the sublayers `upto`; those before it are done."""
+        site = upto[-1]
+        planned = self.plan[site.key]
+        consumer = layer.get_submodule(site.row.consumer)
+        calibration, *held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
+        cut_(layer, site, planned.unit, planned.kept)
+        self._cut_arguments(index, site, planned)
+        result = self._solve(site, matrix_of(consumer), calibration, held_out)
+        set_matrix_(consumer, result.weight)
+        report = {
+            "site": site.name,
+            "error_before": result.error_before,
+            "error_after": result.error_after,
+            "accepted": result.accepted,
+            "ridge": result.ridge,
+            "blend": result.blend,
+        }
+        if self.method == "least_squares" and site.row.norm_place and calibration.tokens:
+            report["norm_refitted"] = self._norm_(index, layer, upto, targets, is_last)
+        return report
+
+    def _before(self, state: torch.Tensor, seen: Mapping[str, torch.Tensor], done: Sequence[Site]) -> torch.Tensor:
+        """The pruned stream in front of a sublayer, from what the finished sublayers gave."""
+        for site in done:
+            if _end(site) in seen:
+                state = _after(state, seen, site)
+        return state
+
+    def _moments(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], dense: torch.Tensor
+    ) -> list[Moments]:
+        """Of the rows that the repair is fitted to, and of each held-out set."""
+        *done, site = upto
+        kept = kept_columns(site, self.plan[site.key].unit, self.plan[site.key].kept).to(dense.device)
+        sums = [Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in range(self._sets)]
+        weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
+        path = site.row.consumer
+        weights = token_weights(self.gradients[site.key], self.masks) if site.key in self.gradients else []
+        for batch, state in enumerate(self.pruned.states):
+            arguments = self.pruned.kwargs[index][batch]
+            ends = [_end(other) for other in done]
+            seen = layerwise.run(layer, state, arguments, inputs_of=[path], outputs_of=ends, stop_at=path)
+            if path not in seen:
+                continue
+            wanted = targets[batch] - self._before(state, seen, done)
+            for moments, examples in self._by_set(sums, batch):
+                x = rows_of(seen[path], self.masks[batch], examples)
+                own = functional.linear(x, weight, bias)
+                if site.row.norm_place == "inside":
+                    residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
+                else:
+                    residual = rows_of(wanted, self.masks[batch], examples) - own
+                weight_of = rows_of(weights[batch], self.masks[batch], examples) if batch < len(weights) else None
+                moments.add(x[:, kept], own, residual, weight_of)
+        return sums
+
+    @property
+    def _sets(self) -> int:
+        """How many sets of examples there are: those that repairs are fitted to, and the held-out ones."""
+        return 1 + max(int(held_out.max()) for held_out in self.held_out)
+
+    def _by_set(self, sums: Sequence[Sums], batch: int) -> Iterator[tuple[Sums, torch.Tensor]]:
+        """The sums of each set that has examples in a batch, with a mask of them [B]."""
+        for number in self.held_out[batch].unique().tolist():
+            yield sums[number], self.held_out[batch] == number
+
+    def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments]) -> Refit:
+        if self.method == "bias":
+            return shift_bias(weight, calibration, held_out)
+        if self.method == "rescale":
+            return rescale(weight, calibration, held_out, site.columns // self.plan[site.key].of)
+        if 0 < calibration.tokens < TOKENS_A_COLUMN * weight.shape[1]:
+            warnings.warn(
+                f"{calibration.tokens} calibration tokens to refit {weight.shape[1]} columns (at least "
+                f"{TOKENS_A_COLUMN} a column are advised): the refit is held closer to the original weights. "
+                "Give more or longer examples.",
+                stacklevel=2,
+            )
+        return refit(weight, calibration, held_out, (0.0,) if site.row.norm_place == "inside" else BLENDS)
+
+    def _cut_arguments(self, index: int, site: Site, planned: SitePlan) -> None:
+        """Slice an argument that carries the heads (T5's position bias) for the layer as it is now cut."""
+        name = getattr(site.row, "head_argument", None)
+        for batch, arguments in enumerate(self.pruned.kwargs[index]):
+            if name and isinstance(arguments.get(name), torch.Tensor):
+                heads = torch.tensor(planned.kept, device=arguments[name].device)
+                self.pruned.kwargs[index][batch] = {**arguments, name: arguments[name].index_select(1, heads)}
+
+    def _norm_(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
+    ) -> bool:
+        """Refit scale (and shift) of the norm behind the last of the sublayers `upto`, if held-out error falls.
+
+        Where that norm ends the layer, the pruned stream has then been through it.
+        """
+        *done, site = upto
+        norm: Any = layer.get_submodule(_end(site))
+        has_shift = getattr(norm, "bias", None) is not None
+        sums = [ChannelSums(len(norm.weight), norm.weight.device) for _ in range(self._sets)]
+        self._advanced = is_last and site.row.norm_place == "after"
+        for batch, state in enumerate(self.pruned.states):
+            arguments = self.pruned.kwargs[index][batch]
+            ends = [_end(other) for other in upto]
+            seen = layerwise.run(layer, state, arguments, outputs_of=ends, stop_at=_end(site))
+            output = seen[_end(site)].view_as(state)
+            if site.row.norm_place == "inside":
+                wanted = targets[batch] - self._before(state, seen, done)
+            else:
+                wanted = norm(targets[batch])  # what it gives in the dense stream
+            for total, examples in self._by_set(sums, batch):
+                total.add(*(rows_of(value, self.masks[batch], examples) for value in (output, wanted)))
+            if self._advanced:
+                self.pruned.states[batch] = output
+        fitted = refit_channels(sums[0], sums[1:], has_shift)
+        if fitted is None:
+            return False
+        scale, shift = fitted
+        put_(norm, "weight", scale * (norm.weight + self.norm_offset) - self.norm_offset)
+        if has_shift:
+            put_(norm, "bias", scale * norm.bias + shift)
+        for batch, output in enumerate(self.pruned.states if self._advanced else ()):
+            self.pruned.states[batch] = (output * scale + shift).to(output.dtype)
+        return True
+
+
+def _end(site: Site) -> str:
+    """The module whose output makes the stream behind a sublayer."""
+    return site.row.norm if site.row.norm_place and site.row.norm else site.row.consumer
+
+
+def _after(state: torch.Tensor, seen: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
+    """The stream behind a sublayer: what its norm gives (post-LN), or the sum."""
+    output = seen[_end(site)].view_as(state)
+    return output if site.row.norm_place == "after" else state + output
+
+
+def matrix_of(linear: Any) -> torch.Tensor:
+    """Weight [D, K] of a consumer in fp32, with the bias as last column where there is one."""
+    weight = linear.weight.detach().float()
+    weight = weight.T if input_axis(linear) == 0 else weight
+    return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
+
+
+def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
+    """Put back what `matrix_of` gave (of the kept columns), in the weight's own dtype."""
+    if linear.bias is not None:
+        put_(linear, "bias", matrix[:, -1])
+        matrix = matrix[:, :-1]
+    put_(linear, "weight", matrix.T if input_axis(linear) == 0 else matrix)
+
+
+def improvement(reports: Sequence[Mapping[str, Any]]) -> float:
+    """Geometric mean over sites of held-out error after / before the repair."""
+    ratios = [r["error_after"] / r["error_before"] for r in reports if r["error_before"] > 0 and r["error_after"] > 0]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0

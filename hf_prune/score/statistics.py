@@ -1,0 +1,313 @@
+"""Calibration: gate the units with forward hooks, and collect what the criteria need in one pass.
+
+Shapes: B examples, T tokens, U units, K = U*w columns of a consumer's input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..model import layerwise
+from ..model.anatomy import Anatomy, quiet
+from ..model.batches import Batch, forward_inputs, token_mask
+from ..model.families import Attention
+from .criteria import Criterion, SiteStatistics
+from ..model.layerwise import OUTPUT
+from .losses import example_losses, predicts_tokens, with_drawn_labels
+from ..plan import PruningPlan, SiteKey
+from ..model.sites import Site, consumer, get, input_axis, output_axis, ups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook that multiplies each unit's columns by its gate. gate: [B, U], or [1, U] for all examples.
+
+    The product is formed in fp32, so that the gate's gradient is accumulated in fp32 whatever the model's dtype.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        examples, units = gate.shape
+        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate.to(x.device)[:, None, :, None]
+        return (gated.reshape(x.shape).to(x.dtype), *args[1:])
+
+    return hook
+
+
+@contextlib.contextmanager
+def gated(model: nn.Module, gates: Mapping[SiteKey, torch.Tensor], sites: Sequence[Site]) -> Iterator[None]:
+    """Install a gate on the consumer of every site in `gates`; hooks are gone afterwards, also after an error."""
+    handles = [
+        consumer(model, site).register_forward_pre_hook(gate_hook(gates[site.key]))
+        for site in sites
+        if site.key in gates
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
+    """The model as `plan` would leave it, by masks: the same outputs as after surgery, at the dense cost."""
+    plan.check(anatomy.model_type, anatomy.sizes)
+    masks = {}
+    for site in plan.sites:
+        mask = torch.zeros(1, site.of, device=model.device)
+        mask[0, list(site.kept)] = 1
+        masks[site.key] = mask
+    with gated(model, masks, anatomy.sites):
+        yield
+
+
+@dataclass
+class Gradients:
+    """From one backward pass over a batch, per site: gradients of each example's loss with respect to the gates at 1
+    [B, U], and the squared length of those with respect to what each token gets from the consumer [B*T]."""
+
+    gates: dict[SiteKey, torch.Tensor]
+    tokens: dict[SiteKey, torch.Tensor]
+
+
+def gradients(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batch: Batch,
+    draw_labels: torch.Generator | None = None,
+) -> Gradients:
+    """What one backward pass over a batch tells about the units and the tokens.
+
+    Args:
+        draw_labels: draw the labels from the model's own predictions with this generator instead.
+    """
+    gates = {
+        site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
+    }
+    tokens: dict[SiteKey, torch.Tensor] = {}
+    with torch.enable_grad(), gated(model, gates, sites), _token_gradients(model, sites, tokens):
+        output = model(**forward_inputs(model, batch))
+        labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
+        example_losses(model, output, labelled).sum().backward()
+    found = {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
+    return Gradients(found, tokens)
+
+
+@contextlib.contextmanager
+def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[SiteKey, torch.Tensor]) -> Iterator[None]:
+    def watch(key: SiteKey) -> Any:
+        def keep(gradient: torch.Tensor) -> None:
+            found[key] = gradient.float().square().sum(-1).flatten()
+
+        return lambda module, args, output: output.register_hook(keep) and None
+
+    handles = [consumer(model, site).register_forward_hook(watch(site.key)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that share a statistics pass: each sees every `count`-th batch, and sums are added up over all."""
+
+    index: int = 0
+    count: int = 1
+
+    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches[self.index :: self.count]
+
+    def sum_(self, *tensors: torch.Tensor) -> None:
+        """Add up over the processes, in place."""
+        for tensor in tensors if self.count > 1 else ():
+            torch.distributed.all_reduce(tensor)
+
+    def gather(self, mine: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What every process has found of its batches, in the order of the batches."""
+        if self.count == 1:
+            return mine
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, mine)
+        return [each[i].to(mine[0].device) for i in range(len(found[0])) for each in found if i < len(each)]
+
+
+ALONE = Ranks()
+
+
+def statistics(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[Site, SiteStatistics]]:
+    """What the criterion needs, site by site; second moments of one layer at a time.
+
+    Args:
+        units: number of units that each site is scored in.
+        ranks: the processes that share the work; all call this with the same batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if len(batches) < ranks.count:
+        ranks = ALONE  # less work than processes: each does it all
+    with quiet(model):
+        gates = _gates(model, sites, units, batches, criterion, generator, ranks) if criterion.needs_loss else {}
+        for site, moments in _moments(model, sites, batches, criterion.needs, ranks):
+            weight = consumer(model, site).weight.detach().float()
+            yield (
+                site,
+                SiteStatistics(
+                    units=units[site.key],
+                    weight=(weight.T if input_axis(consumer(model, site)) == 0 else weight).cpu(),
+                    weight_square=_weight_squares(model, site, units[site.key]).cpu(),
+                    generator=generator,
+                    **gates.pop(site.key, {}),
+                    **moments,
+                ),
+            )
+
+
+Found = dict[str, Any]
+
+
+def _gates(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    units: Mapping[SiteKey, int],
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    generator: torch.Generator,
+    ranks: Ranks,
+) -> dict[SiteKey, Found]:
+    """What the gradients tell, per site; those of the gates of each example only where the criterion needs them."""
+    names = ("gate_square", "gate_abs")
+    found: dict[SiteKey, Found] = {
+        site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
+    }
+    each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites}
+    # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
+    weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
+    tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in weighed}
+    examples = sum(batch.size for batch in batches)
+    draw_labels = generator if criterion.labels == "model" else None
+    if draw_labels is not None:
+        ranks = ALONE  # the draws follow one another
+    for batch in tqdm(ranks.mine(batches), desc="scoring", leave=False):
+        seen = gradients(model, sites, units, batch, draw_labels)
+        for key, gradient in seen.gates.items():
+            found[key]["gate_square"] += gradient.square().sum(0) / examples
+            found[key]["gate_abs"] += gradient.abs().sum(0) / examples
+            if "examples" in criterion.needs:
+                each[key].append(gradient)
+        for key, squares in tokens.items():
+            squares.append(seen.tokens[key])
+    for site in sites:
+        ranks.sum_(*found[site.key].values())
+        known = {key: value.cpu() for key, value in found[site.key].items()}
+        gate = torch.cat(ranks.gather(each[site.key])).cpu() if each[site.key] else None
+        weights = ranks.gather(tokens[site.key]) if site.key in tokens else None
+        found[site.key] = {**known, "gate": gate, "tokens": weights}
+    return found
+
+
+def _moments(
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], needs: Sequence[str], ranks: Ranks
+) -> Iterator[tuple[Site, Found]]:
+    if "gram" in needs or "moments" in needs:
+        return _walk(model, sites, ranks.mine(batches), "gram" in needs, ranks)
+    return ((site, {}) for site in sites)
+
+
+def _walk(
+    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool, ranks: Ranks
+) -> Iterator[tuple[Site, Found]]:
+    """Moments of every consumer's input in the dense stream, one layer at a time."""
+    for stack in dict.fromkeys(site.stack for site in sites):
+        paths = list(dict.fromkeys(site.path for site in sites if site.stack == stack))
+        layers = [model.get_submodule(path) for path in paths]
+        stream = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
+        masks = [token_mask(model, batch, stack) for batch in batches]
+        progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
+        for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
+            here = [site for site in sites if site.path == path]
+            found = {site.key: Sums(site.columns, model.device, full) for site in here}
+            for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
+                seen = layerwise.run(layer, state, arguments, inputs_of=[site.row.consumer for site in here])
+                stream.states[index] = seen[OUTPUT]
+                for site in here:
+                    if site.row.consumer in seen:
+                        found[site.key].add(rows_of(seen[site.row.consumer], masks[index]))
+            for site in here:
+                yield site, found.pop(site.key).means(ranks)
+
+
+class Sums:
+    """Running sums over tokens of a consumer's input, in fp32."""
+
+    def __init__(self, columns: int, device: torch.device, full: bool) -> None:
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # fp32 stops counting at 2**24
+        self.total = torch.zeros(columns, device=device)
+        self.square = torch.zeros(columns, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if full else None
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [n, K]"""
+        self.tokens += len(x)
+        self.total += x.sum(0)
+        self.square += x.square().sum(0)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    def means(self, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
+        ranks.sum_(*(value for value in vars(self).values() if value is not None))
+        n = self.tokens.clamp_min(1)
+        gram = {} if self.gram is None else {"gram": self.gram / n}
+        return {key: value.cpu() for key, value in {"mean": self.total / n, "square": self.square / n, **gram}.items()}
+
+
+def rows_of(x: torch.Tensor, mask: torch.Tensor | None, examples: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, T, K] or [B*T, K] -> the rows [n, K] at real tokens (of the chosen examples), in fp32."""
+    flat = x.reshape(-1, x.shape[-1])
+    keep = mask
+    if examples is not None:
+        chosen = examples.repeat_interleave(len(flat) // len(examples))
+        keep = chosen if keep is None else keep & chosen
+    return (flat if keep is None else flat[keep.to(flat.device)]).float()
+
+
+def _weight_squares(model: nn.Module, site: Site, units: int) -> torch.Tensor:
+    """Sum of squares of all weights that go with a unit. [U]"""
+    layer = model.get_submodule(site.path)
+    out = consumer(model, site)
+    columns = _squares(out, input_axis(out))
+    if not isinstance(site.row, Attention):
+        for path in ups(layer, site.row):
+            columns = columns + _squares(get(layer, path), output_axis(get(layer, path))).view(-1, site.columns).sum(0)
+        return columns.view(units, -1).sum(1)
+    rows = {path: _squares(get(layer, path), output_axis(get(layer, path))) for path in set(site.row.producers)}
+    kv_columns = site.kv_heads * site.head_dim
+    if site.row.q == site.row.k:
+        q, k, v = rows[site.row.q].split([site.columns, kv_columns, kv_columns])
+    else:
+        q, k, v = (rows[path] for path in site.row.producers)
+    squares = (columns + q).view(units, -1).sum(1)
+    return squares + (k + v).view(units, -1).sum(1) if units == site.kv_heads else squares
+
+
+def _squares(module: Any, axis: int) -> torch.Tensor:
+    return module.weight.detach().float().square().sum(1 - axis)

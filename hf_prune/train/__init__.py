@@ -1,0 +1,1 @@
+"""Training: rounds of cut, repair and training in a transformers Trainer."""
