@@ -17,10 +17,10 @@ from texts import calibration
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
 
 from hf_prune import PruningConfig
-from hf_prune.model.batches import draw, forward_inputs
 from hf_prune.demo.real import reviews, tokenized
+from hf_prune.model.batches import draw, forward_inputs
+from hf_prune.oneshot import analyze
 from hf_prune.score.losses import example_losses
-from hf_prune.oneshot import analyze, apply
 
 
 def forward_backward(model, batches) -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         lambda: kept.append(analyze(model, data, config, processing_class=tokenizer, data_collator=collator))
     )
     analysis = kept[0]
-    cut_seconds, cut_growth = peak_rss(lambda: apply(model, analysis))
+    cut_seconds, cut_growth = peak_rss(lambda: analysis.cut_(model))
     states = 5 * tokens * model.config.hidden_size * 4
     print(
         json.dumps(

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_prune import PruningConfig
 from hf_prune.decide.allocate import SHAPES
 from hf_prune.demo.real import reviews, tokenized
-from hf_prune.oneshot import analyze, apply
+from hf_prune.oneshot import analyze
 from hf_prune.report.measure import compare
 from hf_prune.report.table import Row, markdown
 
@@ -37,7 +37,7 @@ def row(model, analysis, keep: float, batch: int, runs: int) -> Row:
     except ValueError as error:
         return asked | {"predicted": str(error).split("the least is ")[1].split(". ")[0].rstrip(".") + " at least"}
     small = copy.deepcopy(model)
-    found = apply(small, analysis, plan).report["latency"]
+    found = analysis.cut_(small, plan=plan).report["latency"]
     again = compare({"dense": model, "small": small}, shapes=((batch, LENGTH),), runs=runs)
     return asked | {
         "predicted": f"{found['predicted_ms'] / found['dense_ms']:.3f}",

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 
 from hf_prune import PruningConfig, save_pretrained
 from hf_prune.demo.real import package_path
-from hf_prune.oneshot import analyze, apply
+from hf_prune.oneshot import analyze
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STOCK = """
@@ -98,7 +98,7 @@ def main() -> None:
     unrepaired = replace(own, config=replace(own.config, repair="none"))
     for name, analysis in (("wanda-sp", wanda), (own.config.criterion, unrepaired), (own.config.criterion, own)):
         pruned = copy.deepcopy(model)
-        result = apply(pruned, analysis)
+        result = analysis.cut_(pruned)
         show(
             f"{name}, repair {analysis.config.repair}",
             pruned,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.loader import install_loader
 
 if TYPE_CHECKING:
-    from .model.anatomy import describe
-    from .train.callbacks import PruningCallback
     from .checkpoint.proof import verify
     from .checkpoint.save import save_pretrained
     from .config import DistillationConfig, PruningConfig
+    from .model.anatomy import describe
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
+    from .train.callback import PruningCallback
     from .train.trainer import PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 _HOME = {
     "DistillationConfig": "config",
     "PruneResult": "oneshot",
-    "PruningCallback": "train.callbacks",
+    "PruningCallback": "train.callback",
     "PruningConfig": "config",
     "PruningMixin": "train.trainer",
     "PruningPlan": "plan",

@@ -15,7 +15,7 @@ import yaml
 from .files import read_text
 from .plan import short
 
-Metric = Literal["macs", "params", "latency"]
+Metric = Literal["macs", "params", "bytes", "latency"]
 Scope = Literal["model", "blocks"]
 Criterion = Literal[
     "fisher",
@@ -33,11 +33,12 @@ Criterion = Literal[
 ]
 Shapes = Literal["stock", "uniform", "per_layer"]
 Allocation = Literal["loss", "ratio"]
+LayerCriterion = Literal["angular", "block_influence", "sleb", "random"]
 Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
-UNIT_CHOICES = ("heads", "kv_groups", "neurons")
+UNIT_CHOICES = ("heads", "kv_groups", "neurons", "layers", "tokens")
 MOST_SEED = 2**32 - 1
 
 
@@ -116,6 +117,10 @@ PRUNING_CHECKS: Mapping[str, Check] = {
     "scope": _choice(*get_args(Scope)),
     "units": _optional(_list(_choice(*UNIT_CHOICES), _UNITS)),
     "criterion": _optional(_choice(*get_args(Criterion))),
+    "layer_criterion": _choice(*get_args(LayerCriterion)),
+    "min_count": _whole(1),
+    "max_tokens": _optional(_whole(1)),
+    "candidates": _whole(1),
     "shapes": _choice(*get_args(Shapes)),
     "allocation": _choice(*get_args(Allocation)),
     "align": _optional(_whole(1)),
@@ -154,22 +159,23 @@ class PruningConfig:
     metric: Metric = field(
         default="macs",
         metadata=_help(
-            "What `keep` is a fraction of: multiply-adds, parameters, or the latency of a forward pass, measured on "
-            "this device at `latency_batch_size` x `sequence_length`."
+            "What `keep` is a fraction of: multiply-adds, parameters, bytes of the saved weights, or the latency of a "
+            "forward pass, measured on this device at `latency_batch_size` x `sequence_length`."
         ),
     )
     scope: Scope | None = field(
         default=None,
         metadata=_help(
-            "'model' counts everything (default for macs and latency); 'blocks' counts attention, FFN and their norms, "
-            "no embeddings and no head (default for params, not for latency)."
+            "'model' counts everything (default for macs, bytes and latency); 'blocks' counts attention, FFN and their "
+            "norms, no embeddings and no head (default for params, unless tokens are among the units)."
         ),
     )
     units: list[str] | None = field(
         default=None,
         metadata=_help(
-            "What may be removed: any of heads, kv_groups, neurons. Default: neurons, with kv_groups where query heads "
-            "share KV heads, else with heads; without either where `shapes` is stock and the stock class cannot say it."
+            "What may be removed: any of heads, kv_groups, neurons, layers, tokens (of the vocabulary). Default: "
+            "neurons, with kv_groups where query heads share several KV heads, else with heads; without either where "
+            "`shapes` is stock and the stock class cannot say it."
         ),
     )
     criterion: Criterion | None = field(
@@ -177,6 +183,27 @@ class PruningConfig:
         metadata=_help(
             "Importance score. Default: fisher_obs_root for losses over tokens (language models), fisher_obs for other "
             "losses, hessian without a loss."
+        ),
+    )
+    layer_criterion: LayerCriterion = field(
+        default="angular",
+        metadata=_help(
+            "Which layers go: the contiguous block that turns hidden states least ('angular', Gromov et al.), those "
+            "that turn them least each ('block_influence', ShortGPT), those without which the loss is least ('sleb'), "
+            "or 'random'."
+        ),
+    )
+    min_count: int = field(
+        default=1, metadata=_help("A token stays if the texts use it this often; special ones and single bytes do.")
+    )
+    max_tokens: int | None = field(
+        default=None, metadata=_help("Tokens that stay at most, those used most. Default: as many as are used.")
+    )
+    candidates: int = field(
+        default=4,
+        metadata=_help(
+            "Where layers or tokens are among the units, or `shapes` is per_layer: how many divisions of the budget "
+            "are cut, repaired and compared by their loss on held-out calibration rows; 1 takes the predicted one."
         ),
     )
     shapes: Shapes = field(
@@ -238,10 +265,12 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if self.scope is None:
-            self.scope = "blocks" if self.metric == "params" else "model"
+            embeddings = isinstance(self.units, list | tuple) and "tokens" in self.units
+            self.scope = "blocks" if self.metric == "params" and not embeddings else "model"
         _check_(self, PRUNING_CHECKS)
-        if self.metric == "latency" and self.scope == "blocks":
-            raise ValueError("scope='blocks' with metric='latency': whole forward passes are timed. Use scope='model'.")
+        whole = {"latency": "whole forward passes are timed", "bytes": "a file holds the whole model"}
+        if self.metric in whole and self.scope == "blocks":
+            raise ValueError(f"scope='blocks' with metric={self.metric!r}: {whole[self.metric]}. Use scope='model'.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PruningConfig:
@@ -336,16 +365,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # weights only, L2 norm of a unit's weights (Han et al. 2015, as structured pruning uses it)
     "magnitude": {"criterion": "magnitude", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
     # Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1: heads by |gate gradient|
-    "michel2019": {"criterion": "taylor", "repair": "none", "shapes": "per_layer", "units": ["heads"]},
+    "michel2019": {"criterion": "taylor", "repair": "none", "shapes": "per_layer", "candidates": 1, "units": ["heads"]},
     # Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers": diagonal Fisher for a MAC target,
     # block-diagonal rearrangement, one scale per head and neuron tuned by least squares
-    "kwon2022": {"criterion": "fisher_block", "repair": "rescale", "shapes": "per_layer"},
+    "kwon2022": {"criterion": "fisher_block", "repair": "rescale", "shapes": "per_layer", "candidates": 1},
     # Park et al. 2024, "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models" (K-prune)
-    "kprune": {"criterion": "kprune", "repair": "least_squares", "shapes": "per_layer"},
+    "kprune": {"criterion": "kprune", "repair": "least_squares", "shapes": "per_layer", "candidates": 1},
     # An et al. 2024 (FLAP) section 4 calls the structured form of Wanda (Sun et al. 2023) Wanda-sp
     "wanda-sp": {"criterion": "activation", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
     # An et al. 2024, "Fluctuation-based Adaptive Structured Pruning": WIFV score, bias compensation
-    "flap": {"criterion": "fluctuation", "repair": "bias", "shapes": "per_layer"},
+    "flap": {"criterion": "fluctuation", "repair": "bias", "shapes": "per_layer", "candidates": 1},
     # Ma et al. 2023, "LLM-Pruner", section 3.2: first-order Taylor of the loss
     "llm-pruner": {"criterion": "taylor", "repair": "none", "shapes": "uniform", "allocation": "ratio"},
 }

@@ -1,42 +1,46 @@
 """prune(): score, decide, then cut and repair layer by layer. The order of calls; the maths lives elsewhere.
 
-Shapes: B examples, T tokens, n tokens of a batch, K input columns of a consumer, D hidden width.
+Shapes: B examples, T tokens, U units.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard
-from torch import nn
 
-from .model import layerwise
-from .decide.allocate import SHAPES, allocate, choose_units, default_align, reachable, unit_of, warn_if_far_below
-from .model.anatomy import Anatomy, describe, quiet
-from .model.batches import GUARD, Batch, draw, forward_inputs, token_mask
-from .score.statistics import ALONE, Ranks, statistics
-from .checkpoint.history import PROOF_ROWS, Record, pack, record_of
-from .checkpoint.layout import KEY, configs_of, write_
-from .score.checks import check_inputs, fit_labels
+from .checkpoint.history import Record, proof_rows, record_of, summary_of
+from .checkpoint.layout import configs_of, write_
 from .config import PruningConfig, config_or
-from .decide.costs import dense_counts, planned_counts
+from .decide.allocate import FAR_BELOW, SHAPES, allocate, reachable, warn_if_far_below
+from .decide.costs import COSTS, planned_sizes
 from .decide.costs import report as cost_report
-from .score.criteria import CRITERIA, Criterion, SiteStatistics
-from .decide.latency import LatencyTable, Watch, latency_table
-from .score.losses import has_head, has_loss, predicts_tokens
-from .plan import PruningPlan, SiteKey, must_be_plan
-from .repair.walk import StackRepair
-from .model.sites import Site
-from .model.cut import cut_, kept_columns
+from .decide.latency.cache import latency_table
+from .decide.latency.table import LatencyTable
+from .decide.latency.watch import Watch
+from .decide.units import asked, choose_units, default_align, unit_of
+from .execute import Repair, check_plan, execute_, touched
+from .model.anatomy import Anatomy, describe
+from .model.batches import Batch, draw
+from .model.depth import check_droppable
 from .model.undo import undone_on_error
+from .model.weights import check_loaded, quiet
+from .plan import Kept, PruningPlan, Where, must_be_plan
+from .score.checks import check_inputs, fit_labels
+from .score.criteria import CRITERIA
+from .score.depth import order_of
+from .score.judge import Judge
+from .score.losses import has_loss
+from .score.scoring import Scores, criterion_for, scored_rows, scores_of, token_gradients
+from .score.statistics import ALONE, Ranks
+from .search import Division, Search
+from .vocabulary.choice import Vocabulary, token_configs, translation
+from .vocabulary.trimming import trimmed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,12 +50,16 @@ QUANTILES = 33  # of the scores of a site, in its report
 
 @dataclass
 class PruneResult:
-    """The pruned model (the one handed in), the plan relative to it as it was handed in, scores, and a report."""
+    """The pruned model (the one handed in), the plan relative to it as it was handed in, scores, and a report.
+
+    `processing_class` is the tokenizer of a shortened vocabulary, else the one that was given.
+    """
 
     model: PreTrainedModel
     plan: PruningPlan
-    scores: dict[SiteKey, torch.Tensor]
+    scores: dict[Where, torch.Tensor]
     report: dict[str, Any]
+    processing_class: Any = None
 
 
 @dataclass
@@ -62,21 +70,54 @@ class Analysis:
     config: PruningConfig  # with the criterion filled in
     batches: list[Batch]
     align: int
-    scores: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
+    scores: dict[Where, torch.Tensor] = field(default_factory=dict)
     seconds: float = 0.0
-    gates: dict[SiteKey, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
-    tokens: dict[SiteKey, list[torch.Tensor]] = field(default_factory=dict)  # squared gradients, see repair.py
+    gates: dict[Where, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
+    tokens: dict[Where, list[torch.Tensor]] = field(default_factory=dict)  # squared gradients, see repair.solve
     table: LatencyTable | None = None  # measured, for metric "latency"
+    search: Search | None = None  # where layers or tokens are among the units
+    vocabulary: Vocabulary | None = None
+    processing_class: Any = None
 
     def plan(self, keep: float | None = None) -> PruningPlan:
-        """The plan for a `keep` (default: the config's).
+        """The plan of least predicted loss for a `keep` (default: the config's); `decide` compares several.
 
         Raises:
             ValueError: not reachable with these units and shapes.
         """
+        return min(self._divisions(keep), key=lambda division: division.predicted).plan
+
+    def decide(self, model: PreTrainedModel, keep: float | None = None) -> tuple[PruningPlan, list[dict[str, Any]]]:
+        """The plan for a `keep`, and what was tried for it. The model is as it was afterwards.
+
+        Where layers or tokens are among the units, or layers may differ, several divisions of the budget are cut,
+        repaired and compared on held-out rows; among the latter is the one that treats all layers alike.
+        """
+        divisions = self._divisions(keep)
+        if self.search is None or len(divisions) == 1:
+            return divisions[0].plan, []
+        best, tried = self.search.best(model, divisions, self._repair(), self.config.candidates)
+        return best.plan, [division.row() for division in tried]
+
+    def _divisions(self, keep: float | None) -> list[Division]:
+        """What the budget can be divided into: over layers and tokens, or alike and unlike over the layers."""
         config = self.config if keep is None else replace(self.config, keep=keep)
+        if self.search is not None and self.search.is_wide:
+            return self.search.divisions(partial(self._allocate, config))
+        plans = [self._allocate(config, ())]
+        if self.search is not None and config.keep < 1:
+            with contextlib.suppress(ValueError):  # out of reach, or layers that differ already
+                alike = self._allocate(replace(config, shapes="uniform"), ())
+                if alike.cost["keep"] >= FAR_BELOW * config.keep:  # one that removes far more is no like for like
+                    plans.append(replace(alike, config=config.to_dict()))
+        return [Division(plan, (), plan.cost["predicted_loss"]) for plan in plans]
+
+    def _allocate(self, config: PruningConfig, wide: Sequence[Kept]) -> PruningPlan:
         across = CRITERIA[str(config.criterion)].across
-        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table)
+        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table, wide)
+
+    def _repair(self) -> Repair:
+        return Repair(self.config.repair, self.batches, self.tokens)
 
     def cut_(
         self, model: PreTrainedModel, keep: float | None = None, *, plan: PruningPlan | None = None
@@ -90,12 +131,13 @@ class Analysis:
         Raises:
             ValueError: not reachable, or a plan for another model; then nothing has changed.
         """
+        check_loaded(model)
+        tried: list[dict[str, Any]] = []
         if plan is None:
-            plan = self.plan(keep)
+            plan, tried = self.decide(model, keep)
             warn_if_far_below(plan.cost["keep"], self.config if keep is None else replace(self.config, keep=keep))
-        must_be_plan(plan)
-        _check_plan(describe(model), plan)
-        return apply(model, self, plan)
+        check_plan(model, describe(model), plan)
+        return _cut_(model, self, plan, tried)
 
 
 def analyze(
@@ -105,6 +147,7 @@ def analyze(
     *,
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    vocabulary: Any = None,
     guard: Any = None,
     ranks: Ranks = ALONE,
 ) -> Analysis:
@@ -119,44 +162,39 @@ def analyze(
     started = time.perf_counter()
     config = config_or(config)
     anatomy = describe(model)
+    check_loaded(model)
+    units = choose_units(anatomy, config)
     align = config.align or default_align(anatomy, model.device.type)
     _check_repair(anatomy, config)
+    words = Vocabulary.of(model, processing_class, vocabulary, data, config) if "tokens" in units else None
+    if "layers" in units:
+        check_droppable(model, anatomy)
     table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
-    _check_reachable(anatomy, config, align, table)
+    if words is None and "layers" not in units:
+        _check_reachable(anatomy, config, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
-    config = replace(config, criterion=_criterion(model, batches, config))
-    analysis = Analysis(anatomy, config, batches, align, table=table)
-    _score_(model, analysis, ranks=ranks)
-    analysis.seconds = time.perf_counter() - started
-    return analysis
+    config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
+    axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
+    if any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
+        found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
+    else:  # only layers or tokens may go
+        found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})
+    return Analysis(
+        anatomy,
+        config,
+        batches,
+        align,
+        **vars(found),
+        table=table,
+        search=_search(model, anatomy, config, units, batches, words),
+        vocabulary=words,
+        processing_class=processing_class,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _score_(model: PreTrainedModel, analysis: Analysis, only_tokens: bool = False, ranks: Ranks = ALONE) -> None:
-    """Run the statistics pass, and fill in what it found; `only_tokens`: just what the repair weighs tokens by."""
-    anatomy, config = analysis.anatomy, analysis.config
-    criterion = CRITERIA[str(config.criterion)]
-    units = choose_units(anatomy, config)
-    sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
-    scored = _scored(analysis.batches)
-    wanted = replace(criterion, needs=("gradients",)) if only_tokens else criterion
-    for site, found in statistics(model, anatomy.sites, sizes, scored, wanted, config.calibration_seed, ranks):
-        if found.tokens is not None:
-            analysis.tokens[site.key] = found.tokens
-        if not only_tokens:
-            analysis.scores[site.key] = _score(site, criterion, found, model.dtype)
-        if found.gate is not None:
-            analysis.gates[site.key] = found.gate
-    _check_scores(analysis)
-
-
-def _check_scores(analysis: Analysis) -> None:
-    """Raise ValueError where no site's scores tell one unit from another."""
-    several = [score for score in analysis.scores.values() if len(score) > 1]
-    if several and all(bool((score == score[0]).all()) for score in several):
-        raise ValueError(
-            f"All {analysis.config.criterion} scores are equal ({float(several[0][0]):.3g}): they tell no unit from "
-            "another. Check that the model is trained and that labels and tokens are real, or use another criterion."
-        )
+def _axes(anatomy: Anatomy, units: Sequence[str]) -> dict[Where, str]:
+    return {site.key: unit_of(site, units) for site in anatomy.sites}
 
 
 def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, data_collator: Any, guard: Any) -> Any:
@@ -166,21 +204,41 @@ def _draw(model: Any, data: Any, config: PruningConfig, processing_class: Any, d
     return batches
 
 
-def _scored(batches: Sequence[Batch]) -> list[Batch]:
-    """All but those of another source, which only guard."""
-    return [batch for batch in batches if (batch.held_out < GUARD).all()]
-
-
-def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
-    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
-    if all(bool(value.isfinite().all()) for value in tensors):
-        score = criterion.score(found)
-        if torch.isfinite(score).all():
-            return score
-    raise ValueError(
-        f"{site.name}: the statistics or the {criterion.name} score are NaN or infinite. Check the weights, the "
-        f"calibration data and the dtype ({dtype}); float16 overflows where bfloat16 or float32 do not."
+def _search(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    config: PruningConfig,
+    units: Sequence[str],
+    batches: Sequence[Batch],
+    words: Vocabulary | None,
+) -> Search | None:
+    """What the budget can be divided into, where it is shared with layers or tokens."""
+    unlike = config.shapes == "per_layer" and config.candidates > 1
+    if words is None and "layers" not in units and not unlike:
+        return None
+    rows = scored_rows(batches)
+    stacks = [extent for extent in anatomy.extents if extent.path] if "layers" in units else []
+    found = Search(
+        anatomy,
+        Judge.of(model, batches),
+        {
+            extent.where: order_of(config.layer_criterion, model, extent, rows, config.calibration_seed, extent.of - 1)
+            for extent in stacks
+        },
+        _vocabularies(anatomy, config, words),
+        None if words is None else lambda kept: translation(words.tokenizer, trimmed(words.tokenizer, kept), model),
     )
+    found.measure_(model)
+    return found
+
+
+def _vocabularies(anatomy: Anatomy, config: PruningConfig, words: Vocabulary | None) -> list[tuple[int, ...]]:
+    """What is used, and, where tokens count in the metric, ever less of it."""
+    if words is None:
+        return []
+    cost = COSTS.get(config.metric)  # there is none for latency, in which the embeddings are but looked up
+    counted = cost is not None and cost(anatomy, config.sequence_length, config.scope or "model").token
+    return words.levels() if counted else [words.kept()]
 
 
 def prune(
@@ -190,6 +248,7 @@ def prune(
     *,
     processing_class: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    vocabulary: Any = None,
     plan: PruningPlan | None = None,
     guard: Any = None,
 ) -> PruneResult:
@@ -198,6 +257,9 @@ def prune(
     Args:
         data: list or iterable of batches (dicts of tensors for `model(**batch)`), a DataLoader, or a datasets.Dataset
             with `processing_class` or `data_collator`.
+        processing_class: the tokenizer; with tokens among the units the one of the smaller model is in the result.
+        vocabulary: texts whose tokens stay, with tokens among the units: strings, a file, a dataset, or (dataset,
+            column), read as a stream. Default: the tokens of all of `data`.
         plan: replay this plan instead of deciding one (it is checked against the model); `config` defaults to the one
             that it was made with. Where the repair weighs tokens by their gradients, those are computed; to cut to
             several targets after one pass, see `Analysis.cut_`.
@@ -207,51 +269,75 @@ def prune(
     Raises:
         ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
             examples; `keep` not reachable; `repair="bias"` without biases; NaN in the scores; a plan for another
-            model. All before anything is changed; and what is stopped later, by an error or an interrupt, leaves the
-            model as it was.
+            model; layers or tokens that cannot go. All before anything is changed; and what is stopped later, by an
+            error or an interrupt, leaves the model as it was.
     """
     if plan is None:
         analysis = analyze(
-            model, data, config, processing_class=processing_class, data_collator=data_collator, guard=guard
+            model,
+            data,
+            config,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            vocabulary=vocabulary,
+            guard=guard,
         )
         return analysis.cut_(model)
     must_be_plan(plan)
     config = config_or(config, lambda: PruningConfig.from_dict(plan.config))
     anatomy = describe(model)
-    _check_plan(anatomy, plan)
+    check_loaded(model)
+    check_plan(model, anatomy, plan)
     _check_repair(anatomy, config)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
-    analysis = Analysis(anatomy, config, batches, config.align or 1)
+    analysis = Analysis(anatomy, config, batches, config.align or 1, processing_class=processing_class)
     by_loss = config.criterion is not None and CRITERIA[config.criterion].needs_loss
     if config.repair == "least_squares" and by_loss and has_loss(model, batches):
-        fit_labels(model, _scored(batches))
-        _score_(model, analysis, only_tokens=True)
-    return apply(model, analysis, plan)
+        fit_labels(model, scored_rows(batches))
+        axes = _axes(anatomy, choose_units(anatomy, config))
+        analysis.tokens = token_gradients(model, anatomy.sites, axes, batches, str(config.criterion))
+    return _cut_(model, analysis, plan, [])
 
 
-def apply(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan | None = None) -> PruneResult:
-    """Cut and repair a model by a plan (default: the analysis' own for its config). In place, all of it or nothing."""
-    plan = plan or analysis.plan()
-    anatomy, config = analysis.anatomy, analysis.config
-    _check_plan(anatomy, plan)
+def _cut_(
+    model: PreTrainedModel, analysis: Analysis, plan: PruningPlan, tried: Sequence[Mapping[str, Any]]
+) -> PruneResult:
+    """Cut and repair a model by a plan that fits it. In place, all of it or nothing."""
+    anatomy = analysis.anatomy
     earlier = record_of(model)
     composed = plan if earlier is None else _composed(earlier.plan, plan)
+    after, rows = _in_new_tokens(model, analysis, plan)
     timed = plan.config.get("metric") == "latency"
     watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
-    report = _report(analysis, plan)
-    layers = {site.path: model.get_submodule(site.path) for site in anatomy.sites}
-    modules = [model, *(module for layer in layers.values() for module in layer.modules())]
-    with quiet(model), undone_on_error(modules, configs_of(model)):
+    report = _report(analysis, plan) | {"divisions": list(tried)}
+    configs = {id(config): config for config in (*configs_of(model), *token_configs(model))}
+    with quiet(model), undone_on_error(touched(model, anatomy, plan), list(configs.values())):
         started = time.perf_counter()
         if not plan.is_identity:
-            report["repairs"] = _cut_and_repair_(model, analysis, plan)
-            write_(model, _summary(model, report, composed, config))
+            report["repairs"] = execute_(model, anatomy, plan, analysis._repair())
+            write_(model, summary_of(model, report, composed))
         report["seconds"]["cut_and_repair"] = time.perf_counter() - started
         if watch is not None:
             report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
         cuts = (*(earlier.cuts if earlier else ()), report)
-        model._hf_prune = Record(composed, _proof_rows(analysis.batches) if analysis.batches else None, cuts)  # type: ignore[assignment]
-    return PruneResult(model, plan, analysis.scores, report)
+        model._hf_prune = Record(composed, rows, cuts, after)  # type: ignore[assignment]
+    return PruneResult(model, plan, analysis.scores, report, after or analysis.processing_class)
+
+
+def _in_new_tokens(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan) -> tuple[Any, Batch | None]:
+    """The tokenizer of a shortened vocabulary, proven on the texts, and the rows to prove the save with, in its tokens.
+
+    Raises:
+        ValueError: no tokenizer was given. RuntimeError: it tokenises a text otherwise than before.
+    """
+    rows, chosen = proof_rows(analysis.batches), plan.get(())
+    if chosen is None or chosen.is_identity:
+        return None, rows
+    if analysis.processing_class is None:
+        raise ValueError("The plan shortens the vocabulary: give processing_class=, the tokenizer to shorten with it.")
+    words, tokenizer = analysis.vocabulary, analysis.processing_class
+    after = trimmed(tokenizer, chosen.kept) if words is None else words.proven(chosen.kept)
+    return after, None if rows is None else translation(tokenizer, after, model)(rows)
 
 
 def _composed(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
@@ -267,8 +353,8 @@ def _composed(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
 def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
     """What is known of a cut before it is made. The costs are counted anew: a plan may have been edited."""
     anatomy, length = analysis.anatomy, analysis.config.sequence_length
-    before = cost_report(anatomy, dense_counts(anatomy), length)
-    after = cost_report(anatomy, planned_counts(anatomy, plan), length)
+    before = cost_report(anatomy, anatomy.sizes, length)
+    after = cost_report(anatomy, planned_sizes(anatomy, plan), length)
     counted = f"{plan.cost.get('metric')}_{plan.cost.get('scope')}"  # a latency is not
     return {
         **plan.cost,
@@ -277,6 +363,7 @@ def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
         "after": after,
         "config": dict(plan.config),
         "criterion": analysis.config.criterion,
+        "repair": analysis.config.repair,
         "calibration": {
             "rows": sum(batch.size for batch in analysis.batches),
             "tokens": sum(batch.tokens for batch in analysis.batches),
@@ -286,23 +373,6 @@ def _report(analysis: Analysis, plan: PruningPlan) -> dict[str, Any]:
         "other_shapes": _other_shapes(analysis, plan),
         "seconds": {"score": analysis.seconds},
     }
-
-
-# --- checks before anything is changed -------------------------------------------------------------------------------
-
-
-def _check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
-    must_be_plan(plan)
-    plan.check(anatomy.model_type, anatomy.sizes)
-    for site in anatomy.sites:
-        kept_columns(site, plan[site.key].unit, plan[site.key].kept)  # raises for heads unevenly over their groups
-    kept: dict[tuple[str, str], tuple[int, ...]] = {}
-    for site in anatomy.sites if anatomy.family.coupled_heads else ():
-        if site.is_attention and kept.setdefault((site.stack, site.kind), plan[site.key].kept) != plan[site.key].kept:
-            raise ValueError(
-                f"{site.name}: all {site.kind} sites of a {anatomy.model_type} {site.stack} must keep the same heads "
-                f"(they share one position bias); the plan keeps {plan[site.key].kept} here."
-            )
 
 
 def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
@@ -322,106 +392,7 @@ def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table:
         allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
 
 
-def _criterion(model: PreTrainedModel, batches: Sequence[Batch], config: PruningConfig) -> Any:
-    """The criterion asked for, or the one for this model and data; labels fitted where it reads them."""
-    batches, asked = _scored(batches), config.criterion
-    loss = has_loss(model, batches)
-    if asked is not None and CRITERIA[asked].needs_loss and not loss:
-        raise ValueError(
-            f"criterion={asked!r} needs a loss, and {type(model).__name__} with targets "
-            f"{sorted(batches[0].targets)} has none. Give labels and a model with a head, or use criterion='hessian' "
-            "(or None, which picks it)."
-        )
-    if loss and (asked is None or CRITERIA[asked].needs_loss):
-        fit_labels(model, batches)
-    if asked is not None:
-        return asked
-    if loss:
-        return "fisher_obs_root" if any(predicts_tokens(model, batch) for batch in batches) else "fisher_obs"
-    if has_head(model):
-        warnings.warn(
-            f"No labels: what {type(model).__name__} predicts is not looked at, units are scored by 'hessian'. Give "
-            "labels, or criterion='hessian' if that is meant.",
-            stacklevel=4,
-        )
-    return "hessian"
-
-
-# --- cut and repair --------------------------------------------------------------------------------------------------
-
-
-def _cut_and_repair_(model: PreTrainedModel, analysis: Analysis, plan: PruningPlan) -> list[dict[str, Any]]:
-    anatomy, batches, method = analysis.anatomy, analysis.batches, analysis.config.repair
-    if method == "none":
-        for site in anatomy.sites:
-            if not plan[site.key].is_identity:
-                cut_(model.get_submodule(site.path), site, plan[site.key].unit, plan[site.key].kept)
-        return []
-    reports: list[dict[str, Any]] = []
-    inputs = [forward_inputs(model, batch) for batch in batches]
-    stacks = list(dict.fromkeys(site.stack for site in anatomy.sites))
-    with quiet(model), torch.no_grad():
-        dense = {stack: layerwise.capture(model, _layers(model, anatomy, stack), inputs) for stack in stacks}
-        for stack in stacks:
-            layers = _layers(model, anatomy, stack)
-            # a later stack also reads what the stacks before it, cut by now, give
-            pruned = dense[stack].copy() if stack == stacks[0] else layerwise.capture(model, layers, inputs)
-            masks = [token_mask(model, batch, stack) for batch in batches]
-            held_out = [batch.held_out for batch in batches]
-            offset = anatomy.family.norm_offset
-            work = StackRepair(plan, method, dense.pop(stack), pruned, masks, held_out, offset, analysis.tokens)
-            reports += work.run_(layers, _by_layer(anatomy, stack))
-    return reports
-
-
-def _layers(model: nn.Module, anatomy: Anatomy, stack: str) -> list[nn.Module]:
-    return [model.get_submodule(sites[0].path) for sites in _by_layer(anatomy, stack)]
-
-
-def _by_layer(anatomy: Anatomy, stack: str) -> list[list[Site]]:
-    layers: dict[int, list[Site]] = {}
-    for site in anatomy.sites:
-        if site.stack == stack:
-            layers.setdefault(site.layer, []).append(site)
-    return list(layers.values())
-
-
-# --- what is remembered and reported ---------------------------------------------------------------------------------
-
-
-def _summary(
-    model: PreTrainedModel, report: Mapping[str, Any], composed: PruningPlan, config: PruningConfig
-) -> dict[str, Any]:
-    previous = model.config.__dict__.get(KEY, {})
-    origin = {key: previous[key] for key in ("base_model", "license") if previous.get(key)}
-    return {
-        "version": version("hf-prune"),
-        **(origin or _origin(str(model.config._name_or_path))),
-        "criterion": config.criterion,
-        "repair": config.repair,
-        "before": previous.get("before") or report["before"],
-        "after": report["after"],
-        "plan": composed.hash,
-        "kept": pack(composed),
-    }
-
-
-def _origin(name: str) -> dict[str, str]:
-    """Of a Hub id that id; of a directory its name, and the licence that its README.md states."""
-    home = Path(name)
-    if not name or not home.is_dir():
-        return {"base_model": name}
-    card = home / "README.md"
-    licence = ModelCard.load(str(card), ignore_metadata_errors=True).data.license if card.is_file() else None
-    return {"base_model": home.resolve().name, **({"license": str(licence)} if licence else {})}
-
-
-def _proof_rows(batches: Sequence[Batch]) -> Batch:
-    first = batches[0]
-    return Batch({k: v[:PROOF_ROWS] for k, v in first.inputs.items()}, {}, first.held_out[:PROOF_ROWS])
-
-
-def _quantiles(scores: Mapping[SiteKey, torch.Tensor]) -> list[dict[str, Any]]:
+def _quantiles(scores: Mapping[Where, torch.Tensor]) -> list[dict[str, Any]]:
     """The scores of each site, [U], at equal steps from the least to the greatest."""
     steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
     return [
@@ -434,7 +405,8 @@ def _quantiles(scores: Mapping[SiteKey, torch.Tensor]) -> list[dict[str, Any]]:
 def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, float]]:
     """What the other shapes would keep and lose of the score at the same target, from the same statistics."""
     others: dict[str, dict[str, float]] = {}
-    for shapes in SHAPES if analysis.scores and not plan.is_identity else ():
+    wide = any(len(kept.where) < 3 for kept in plan.kept)  # whose loss is measured, not predicted
+    for shapes in SHAPES if analysis.scores and not (plan.is_identity or wide) else ():
         if shapes == analysis.config.shapes:
             continue
         changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config.get("keep", analysis.config.keep)))

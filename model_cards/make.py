@@ -24,7 +24,8 @@ from tasks import ENCODER, LLM, Task, classifier, language_model
 from hf_prune import PruningConfig, prune, save_pretrained
 from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE
 from hf_prune.checkpoint.proof import PROOF_FILE
-from hf_prune.report.card import EVALUATION, write_card, write_evaluation
+from hf_prune.report.card import write_card
+from hf_prune.report.evidence import EVALUATION, write_evaluation
 from hf_prune.report.measure import compare
 from hf_prune.report.render import MEASUREMENTS, write
 

@@ -43,7 +43,7 @@ RUN: dict[str, Any] = {
     "pruning": {"rounds": 2},
 }  # fmt: skip
 PHASES = {  # where a run is killed: (object, function, at which call)
-    "scoring": ("hf_prune.oneshot", "statistics", 2),
+    "scoring": ("hf_prune.score.scoring", "statistics", 2),
     "cut": ("hf_prune.repair.walk", "cut_", 6),
     "after a cut": ("hf_prune.oneshot", "write_", 2),
     "boundary": ("hf_prune.train.rounds.Run", "save", 4),
@@ -53,7 +53,7 @@ PHASES = {  # where a run is killed: (object, function, at which call)
     "removing old checkpoints": ("transformers.trainer", "rotate_checkpoints", 4),
     "evaluation": ("hf_prune.train.trainer.PruningTrainer", "evaluation_loop", 3),
     "best model": ("hf_prune.train.trainer.PruningTrainer", "_load_best_model", 1),
-    "proof": ("hf_prune.train.saving", "prove", 1),
+    "proof": ("hf_prune.train.saver", "prove", 1),
     "save's exchange": ("hf_prune.checkpoint.directory", "_put", 3),
     **{f"step {step}": ("step", "", step) for step in (1, 2, 3, 4)},
 }
@@ -92,7 +92,7 @@ def attempt(out: Path, phase: str | None = None) -> None:
     run = trainer(out / "run", **given, eval_dataset=rows(tiny(NAME)))
     if phase and PHASES[phase][0] != "step":
         die_in(*PHASES[phase])
-    run._write_card = lambda directory: None  # which imports every model that there is
+    run._saver.card.write = lambda *_: None  # which imports every model that there is
     run.train(resume_from_checkpoint=True)
     run.save_model(str(out / "small"))
     torch.save({"weights": run.model.state_dict(), "plan": run.model._hf_prune.plan.hash}, out / "result.pt")

@@ -10,19 +10,11 @@ import torch
 from tiny import FAMILY_NAMES, tiny, tiny_batch, tiny_model, within_reach
 
 from hf_prune import PruningConfig, describe
-from hf_prune.decide.allocate import (
-    Ranking,
-    Table,
-    _comparable,
-    _knapsack,
-    allocate,
-    choose_units,
-    default_align,
-    reachable,
-    rearranged,
-    unit_of,
-)
-from hf_prune.decide.costs import cost_model, dense_counts, planned_counts
+from hf_prune.decide.allocate import _comparable, allocate, reachable
+from hf_prune.decide.costs import cost_model, planned_sizes
+from hf_prune.decide.knapsack import Table, knapsack
+from hf_prune.decide.ranking import Ranking, rearranged
+from hf_prune.decide.units import choose_units, default_align, unit_of
 from hf_prune.oneshot import analyze
 
 SHAPES = ("stock", "uniform", "per_layer")
@@ -55,7 +47,7 @@ def test_knapsack_equals_brute_force(seed):
     tables = random_tables(rng, count=int(rng.integers(1, 5)), options=int(rng.integers(1, 7)))
     least, most = sum(t.cost.min() for t in tables), sum(t.cost.max() for t in tables)
     for budget in (least - 1, least, (least + most) / 2, most, most + 1):
-        chosen, best = _knapsack(tables, budget), brute_force(tables, budget)
+        chosen, best = knapsack(tables, budget), brute_force(tables, budget)
         if best is None:
             assert chosen is None
             continue
@@ -69,10 +61,10 @@ def test_a_thinned_frontier_stays_within_a_small_gap(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     tables = random_tables(rng, count=7, options=6)
     budget = 0.5 * sum(t.cost.max() for t in tables)
-    best = sum(t.loss[i] for t, i in zip(tables, _knapsack(tables, budget), strict=True))
+    best = sum(t.loss[i] for t, i in zip(tables, knapsack(tables, budget), strict=True))
     assert best == pytest.approx(brute_force(tables, budget))
-    monkeypatch.setattr("hf_prune.decide.allocate.FRONTIER", 64)
-    thinned = _knapsack(tables, budget)
+    monkeypatch.setattr("hf_prune.decide.knapsack.FRONTIER", 64)
+    thinned = knapsack(tables, budget)
     assert sum(t.cost[i] for t, i in zip(tables, thinned, strict=True)) <= budget
     assert sum(t.loss[i] for t, i in zip(tables, thinned, strict=True)) <= 1.05 * best
 
@@ -82,7 +74,7 @@ def test_ranking_keeps_the_best_heads_evenly_in_each_group(seed):
     """Against all ways to keep g groups with r heads each."""
     scores = np.random.default_rng(seed).random((3, 4))
     counts = tuple(itertools.product((1, 2, 3), (1, 2, 3, 4)))
-    ranking = Ranking("head", scores, counts)
+    ranking = Ranking("heads", scores, counts)
     for (groups, each), loss in zip(counts, ranking.losses(), strict=True):
         ways = [
             [g * 4 + i for g, row in zip(chosen, rows, strict=True) for i in row]
@@ -92,6 +84,37 @@ def test_ranking_keeps_the_best_heads_evenly_in_each_group(seed):
         best = max(ways, key=lambda kept: scores.ravel()[kept].sum())
         assert ranking.kept((groups, each)) == tuple(best)
         assert loss == pytest.approx(scores.sum() - scores.ravel()[best].sum())
+
+
+MANY_HEADS, ONE_GROUP = {"num_key_value_heads": 4}, {"num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes", "shapes", "expected"),
+    [
+        ("BertForMaskedLM", {}, "stock", ["neurons"]),
+        ("BertForMaskedLM", {}, "uniform", ["neurons", "heads"]),
+        ("ViTForImageClassification", {}, "stock", ["neurons", "heads"]),
+        ("T5ForConditionalGeneration", {}, "stock", ["neurons", "heads"]),
+        ("LlamaForCausalLM", {}, "stock", ["neurons", "kv_groups"]),
+        ("LlamaForCausalLM", MANY_HEADS, "stock", ["neurons", "heads"]),
+        ("LlamaForCausalLM", ONE_GROUP, "stock", ["neurons", "heads"]),
+        ("Phi3ForCausalLM", ONE_GROUP, "per_layer", ["neurons", "heads"]),
+    ],
+)
+def test_by_default_attention_goes_in_the_largest_units_that_leave_a_choice(class_name, changes, shapes, expected):
+    assert choose_units(describe(tiny(class_name, **changes)), PruningConfig(shapes=shapes)) == expected
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_a_multi_query_model_loses_heads_too(shapes):
+    """Its one KV head stays, so what is removed by default are the query heads that share it."""
+    anatomy = describe(tiny("LlamaForCausalLM", **ONE_GROUP))
+    config = PruningConfig(keep=0.3, metric="params", shapes=shapes)  # less than the attention alone
+    sizes = planned_sizes(anatomy, allocate(anatomy, random_scores(anatomy, config), config, align=1))
+    attention = [sizes[s.key] for s in anatomy.sites if s.inner.mixes]
+    assert {found["kv_groups"] for found in attention} == {1}
+    assert min(found["heads"] for found in attention) < 4
 
 
 def random_scores(anatomy, config, seed=0):
@@ -108,14 +131,13 @@ def test_uniform_plan_is_the_best_of_all_pairs(seed):
     scores = random_scores(anatomy, config, seed)
     plan = allocate(anatomy, scores, config, align=4)
     costs = cost_model(anatomy, "macs", 128, "model")
-    dense = costs.total(dense_counts(anatomy))
+    dense = costs.total(anatomy.sizes)
     found = []
     for heads, width in itertools.product(range(1, 5), range(4, 49, 4)):
-        counts = {s.key: (heads, heads) if s.is_attention else (width, 0) for s in anatomy.sites}
-        if costs.total(counts) <= 0.7 * dense:
-            keep = {s.key: heads if s.is_attention else width for s in anatomy.sites}
+        keep = {s.key: heads if s.inner.mixes else width for s in anatomy.sites}
+        if costs.total(anatomy.sizes | {s.key: s.counts(keep[s.key], 1) for s in anatomy.sites}) <= 0.7 * dense:
             found.append(sum(float(scores[k].sort().values[: len(scores[k]) - n].sum()) for k, n in keep.items()))
-    removed = {s.key: set(range(s.of)) - set(s.kept) for s in plan.sites}
+    removed = {s.where: set(range(s.of)) - set(s.kept) for s in plan.sites}
     assert sum(float(scores[k][list(r)].sum()) for k, r in removed.items() if r) == pytest.approx(min(found))
     assert plan.cost["predicted_loss"] == pytest.approx(min(found))
 
@@ -128,13 +150,15 @@ def test_align_and_equal_counts(family, shapes, align):
     config = within_reach(tiny_model(family), PruningConfig(metric="params", shapes=shapes, align=align))
     plan = allocate(anatomy, random_scores(anatomy, config), config, align)
     costs = cost_model(anatomy, "params", 128, "blocks")
-    realised = costs.total(planned_counts(anatomy, plan)) / costs.total(dense_counts(anatomy))
+    realised = costs.total(planned_sizes(anatomy, plan)) / costs.total(anatomy.sizes)
     assert realised <= config.keep + 1e-9  # `keep` lies on a reachable cost: rounding of the division
-    widths = {len(s.kept) for s in plan.sites if s.unit == "neuron"}
+    widths = {len(s.kept) for s in plan.sites if s.axis == "neurons"}
     assert all(width % align == 0 or width == 48 for width in widths)
     if shapes != "per_layer":
-        for key in {site.row.count_key for site in anatomy.sites}:
-            assert len({len(plan[s.key].kept) for s in anatomy.sites if s.row.count_key == key}) == 1
+        sizes = planned_sizes(anatomy, plan)
+        for key in {axis.config for site in anatomy.sites for axis in site.row.axes}:
+            found = {sizes[s.key][axis.name] for s in anatomy.sites for axis in s.row.axes if axis.config == key}
+            assert len(found) == 1
 
 
 def test_more_freedom_loses_no_more():
@@ -155,7 +179,7 @@ def test_stock_llama_keeps_head_counts_that_divide_hidden_size():
     for keep in np.linspace(0.35, 1, 20):
         config = PruningConfig(keep=float(keep), metric="params", units=["heads", "neurons"])
         plan = allocate(anatomy, random_scores(anatomy, config), config, align=4)
-        seen |= {len(s.kept) for s in plan.sites if s.unit == "head"}
+        seen |= {len(s.kept) for s in plan.sites if s.axis == "heads"}
     assert seen <= {1, 2, 3, 4, 6, 9}
     assert len(seen) > 2
 
@@ -254,12 +278,12 @@ def test_ratio_takes_the_same_fraction_everywhere(shapes):
     """Whatever the scores say about how much each site matters."""
     anatomy = describe(tiny_model("bert"))
     g = torch.Generator().manual_seed(0)
-    scores = {s.key: torch.rand(s.heads or s.columns, generator=g) * 10.0**i for i, s in enumerate(anatomy.sites)}
+    scores = {s.key: torch.rand(s.sizes[s.inner.name], generator=g) * 10.0**i for i, s in enumerate(anatomy.sites)}
     config = PruningConfig(keep=0.7, metric="params", shapes=shapes, allocation="ratio")
     plan = allocate(anatomy, scores, config, align=1)
     removed = [1 - len(site.kept) / site.of for site in plan.sites]
     coarsest = max(1 / site.of for site in plan.sites)
     assert max(removed) - min(removed) <= coarsest
     for site in plan.sites:
-        kept = scores[site.key][list(site.kept)]
-        assert kept.min() >= scores[site.key].sort(descending=True).values[len(site.kept) - 1]
+        kept = scores[site.where][list(site.kept)]
+        assert kept.min() >= scores[site.where].sort(descending=True).values[len(site.kept) - 1]

@@ -93,7 +93,7 @@ def test_torch_pruning_cuts_like_a_mask(family):
     masked, pruned = copy.deepcopy(given.model), copy.deepcopy(given.model)
     torch_pruning("GroupMagnitudeImportance")(given).cut(pruned, 0.7)
     for site in describe(masked).sites:
-        wide, narrow = (m.get_submodule(f"{site.path}.{site.row.consumer}").weight.data for m in (masked, pruned))
+        wide, narrow = (m.get_submodule(f"{site.path}.{site.consumer}").weight.data for m in (masked, pruned))
         gone = [i for i in range(wide.shape[1]) if not (wide[:, i : i + 1] == narrow).all(0).any()]
         assert len(gone) == wide.shape[1] - narrow.shape[1]
         wide[:, gone] = 0

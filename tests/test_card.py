@@ -11,14 +11,16 @@ import pytest
 import torch
 import training
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from tiny import tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune import PruningConfig, prune, save_pretrained
 from hf_prune.checkpoint.history import PLAN_FILE
 from hf_prune.checkpoint.proof import PROOF_FILE
-from hf_prune.report.card import EVALUATION, write_card, write_evaluation
-from hf_prune.report.corners import corners, write_corners
+from hf_prune.report.card import write_card
+from hf_prune.report.evidence import EVALUATION, write_evaluation
+from hf_prune.report.int8 import compare_int8, write_int8
 from hf_prune.report.measure import compare
 from hf_prune.report.render import MEASUREMENTS, write
 from hf_prune.report.table import count
@@ -195,11 +197,11 @@ def test_int8_is_shown_where_it_was_measured(small, engine, packages, reason):
         assert logits.shape == (2, 2)
         return {"accuracy": float(logits[0].softmax(-1)[0])}
 
-    found = corners(*models, quality, engine=engine, shapes=((1, 8),), runs=2)
+    found = compare_int8(*models, quality, engine=engine, shapes=((1, 8),), runs=2)
     sizes = {name: model["bytes"] for name, model in found["models"].items()}
     assert sizes["pruned INT8"] < sizes["dense INT8"] < sizes["dense"]
     assert sizes["pruned INT8"] < sizes["pruned"]
-    write_corners([found], small)
+    write_int8([found], small)
     text = write_card(small).read_text()
     assert "## With INT8" in text
     assert f"| pruned INT8 | {found['models']['pruned INT8']['metrics']['accuracy']:.4f} |" in text
@@ -227,11 +229,15 @@ def test_a_trainer_writes_the_card_with_what_it_evaluated(tmp_path):
     assert 'from_pretrained("small")' in text
 
 
-def test_the_best_model_has_its_own_figures(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft
+@pytest.mark.parametrize(
+    ("rate", "given"), [(0.05, {}), (2.0, {"peft_config": LoraConfig(target_modules=["query", "value"])})]
+)
+def test_the_best_model_has_its_own_figures(tmp_path, rate, given):
     args = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 8, "load_best_model_at_end": True}
-    args = {**args, "save_strategy": "steps", "learning_rate": 0.05}
+    args = {**args, "save_strategy": "steps", "learning_rate": rate}
     model = tiny_model("bert")
-    run = training.trainer(tmp_path / "out", model=model, args=args, eval_dataset=training.rows(model))
+    run = training.trainer(tmp_path / "out", model=model, args=args, eval_dataset=training.rows(model), **given)
     run.train()
     assert run.state.best_global_step < 8
     run.save_model(str(tmp_path / "small"))

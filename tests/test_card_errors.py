@@ -17,10 +17,12 @@ from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE
 from hf_prune.checkpoint.proof import weights_id
 from hf_prune.cli.main import main
 from hf_prune.report import plots
-from hf_prune.report.card import EVALUATION, fenced, quoted, write_card, write_evaluation
-from hf_prune.report.corners import CORNERS_FILE
+from hf_prune.report.card import write_card
 from hf_prune.report.engines import checkpoint_rows, opening_lines
+from hf_prune.report.evidence import EVALUATION, write_evaluation
+from hf_prune.report.int8 import INT8_FILE
 from hf_prune.report.measure import compare
+from hf_prune.report.quote import fenced, quoted
 from hf_prune.report.render import MEASUREMENTS, write
 from hf_prune.report.table import markdown
 
@@ -115,7 +117,7 @@ def hostile(home, text):
     engine = {"engine": text, "instructions": text, "device": text, "threads": 1}
     models = {"dense": row, text or "other": row, "pruned": row}
     written = {"weights": weights_id(home), "engines": [{**engine, "models": models}]}
-    (home / CORNERS_FILE).write_text(json.dumps(written))
+    (home / INT8_FILE).write_text(json.dumps(written))
 
 
 def outside_code(text):
@@ -224,19 +226,19 @@ EDITS = {
         put("model_type", value=3), put("model_type", value="llama"),
     ],
     PLAN_FILE: [
-        put("sites", value=[]), put("sites", 0, "kept", value=[0]), put("sites", 0, "kept", value=["x"]),
-        put("sites", 0, "of", value=-1), put("format", value=7), put("model_type", value="gpt2"),
+        put("kept", value=[]), put("kept", 0, "kept", value=[0]), put("kept", 0, "kept", value=["x"]),
+        put("kept", 0, "of", value=-1), put("format", value=7), put("model_type", value="gpt2"),
         put("cost", value=None),
         put("config", value=[1]),
     ],
-    CORNERS_FILE: [lambda _: {"weights": "", "engines": 3}],
+    INT8_FILE: [lambda _: {"weights": "", "engines": 3}],
 }  # fmt: skip
 CASES = [(name, number) for name, changes in EDITS.items() for number in range(len(changes))]
 
 
 @pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name} {number}" for name, number in CASES])
 def test_an_edited_file_gives_one_sentence_and_no_card(home, name, number, without_pictures, capsys):
-    if name == CORNERS_FILE:
+    if name == INT8_FILE:
         (home / name).write_text(json.dumps({"weights": weights_id(home), "engines": 3}))
     else:
         edit(home, name, EDITS[name][number])
@@ -258,7 +260,7 @@ def test_an_edited_file_gives_one_sentence_and_no_card(home, name, number, witho
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [EVALUATION, MEASUREMENTS, CORNERS_FILE, REPORT_FILE, PLAN_FILE, "config.json"])
+@pytest.mark.parametrize("name", [EVALUATION, MEASUREMENTS, INT8_FILE, REPORT_FILE, PLAN_FILE, "config.json"])
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", "null", '"text"', "\udcff"], ids=repr)
 def test_a_file_that_is_no_mapping_is_named(home, name, content, without_pictures):
     (home / name).write_bytes(content.encode(errors="surrogateescape"))

@@ -192,11 +192,11 @@ def test_dry_run_changes_nothing(bert, labelled, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
 def test_latency_is_shown_in_milliseconds(mode, bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune.decide import latency
+    from hf_prune.decide.latency import clock
 
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency, "timed", lambda module, *_, **__: sum(p.numel() for p in module.parameters()) * 1e-6)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "timed", lambda module, *_, **__: sum(p.numel() for p in module.parameters()) * 1e-6)
     arguments = ["--metric", "latency", "--latency-batch-size", "2", "--keep", "0.9,0.8", "--shapes", "uniform"]
     assert main(["prune", bert, "--data", labelled, *arguments, *CUT, *mode]) == 0
     shown = [int(share) for share in re.findall(r"[\d.]+ ms \((\d+)%\)", capsys.readouterr().out)]

@@ -19,8 +19,8 @@ import tiny
 import tiny_text
 import torch
 
-from hf_prune.cli.main import main as cli
 from hf_prune.cli.main import main
+from hf_prune.cli.main import main as cli
 
 NOISE = random.Random(0).randbytes(2000)
 CUT = "--calibration-samples 64 --sequence-length 16 --align 1 --keep 0.9"
@@ -447,8 +447,8 @@ def test_results_of_other_keeps_may_lie_in_out(room, tmp_path):
 
 def test_whole_numbers_written_as_fractions_are_labels(room):
     """As a CSV column with an empty cell somewhere is read."""
-    from hf_prune.data.texts import Source, load_data
     from hf_prune.data.opening import load_model, load_tokenizer
+    from hf_prune.data.texts import Source, load_data
 
     rows = [{"text": text, "label": float(i % 2)} for i, text in enumerate(tiny_text.sentences(60))]
     tiny_text.write_jsonl(room / "floats.jsonl", rows)
@@ -459,8 +459,8 @@ def test_whole_numbers_written_as_fractions_are_labels(room):
 
 def test_padding_is_the_models_own(room):
     """A classifier that looks for its own padding to find the last token must not meet another's."""
-    from hf_prune.data.texts import Source, load_data
     from hf_prune.data.opening import load_tokenizer
+    from hf_prune.data.texts import Source, load_data
 
     model = tiny.tiny_model("llama", "LlamaForSequenceClassification", pad_token_id=7)
     for batch in load_data(Source("rows.jsonl"), model, load_tokenizer("bert"), 16, 64).calibration:

@@ -10,10 +10,10 @@ import tiny
 import tiny_text as texts
 import torch
 
-from hf_prune.model.anatomy import positions
-from hf_prune.data.texts import Source, load_data, read
 from hf_prune.data.evaluation import evaluate
 from hf_prune.data.opening import load_model
+from hf_prune.data.texts import Source, load_data, read
+from hf_prune.model.probe import positions
 
 
 @pytest.fixture(autouse=True)

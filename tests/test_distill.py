@@ -12,9 +12,11 @@ from torch.nn import functional
 from training import rows, trainer
 from transformers import default_data_collator
 
-from hf_prune import DistillationConfig, distill, schedules
+from hf_prune import DistillationConfig, schedules
 from hf_prune.model.batches import prepare
-from hf_prune.train.distill import Distillation, divergence, layer_map, relative_error, with_teacher_logits
+from hf_prune.train import distill
+from hf_prune.train.distill import divergence, layer_map, relative_error
+from hf_prune.train.teacher import Teacher, with_teacher_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens to refit")
 ALL = {"logits_weight": 1.0, "hidden_weight": 1.0, "attention_weight": 1.0}
@@ -80,7 +82,7 @@ def test_a_model_has_nothing_to_learn_from_itself(name):
     model = tiny(name)
     batch = prepare(model, tiny_batch(model), torch.zeros(8))
     for teacher, same in ((copy.deepcopy(model), True), (tiny(name, seed=1), False)):
-        distiller = Distillation(model, teacher, DistillationConfig(**ALL))
+        distiller = Teacher(model, teacher, DistillationConfig(**ALL))
         with distiller.watched(model) as seen:
             loss, _ = distiller.loss(model, model(**batch.inputs), batch, seen)
         assert (loss.item() < 1e-6) == same
@@ -94,7 +96,7 @@ def test_every_term_teaches(name, term):
     student, teacher = tiny(name, seed=1), tiny(name)
     config = DistillationConfig(**dict.fromkeys(ALL, 0.0) | {term: 1.0})
     batch = prepare(student, tiny_batch(student), torch.zeros(8))
-    distiller = Distillation(student, teacher, config)
+    distiller = Teacher(student, teacher, config)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     losses = []
     with distiller.watched(student) as seen:
@@ -112,7 +114,7 @@ def test_several_labels_and_regression():
         name = "BertForSequenceClassification"
         student, teacher = (tiny(name, seed=s, num_labels=3, problem_type=problem) for s in (0, 1))
         batch = prepare(student, {**tiny_batch(student), "labels": labels}, torch.zeros(8))
-        distiller = Distillation(student, teacher, DistillationConfig(hidden_weight=0.0))
+        distiller = Teacher(student, teacher, DistillationConfig(hidden_weight=0.0))
         with distiller.watched(student) as seen:
             assert distiller.loss(student, student(**batch.inputs), batch, seen)[0] > 1e-4
 
@@ -122,8 +124,8 @@ def test_the_teacher_is_the_model_before_the_cut(tmp_path):
     before = copy.deepcopy(run.model).eval()
     run.train()
     batch = tiny_batch(before)
-    assert torch.equal(run._distiller.teacher(**batch).logits, before(**batch).logits)
-    assert not any(p.requires_grad for p in run._distiller.teacher.parameters())
+    assert torch.equal(run._teacher.model(**batch).logits, before(**batch).logits)
+    assert not any(p.requires_grad for p in run._teacher.model.parameters())
 
 
 def test_a_teacher_by_name_and_in_another_precision(tmp_path):
@@ -132,7 +134,7 @@ def test_a_teacher_by_name_and_in_another_precision(tmp_path):
     config = DistillationConfig(teacher=str(tmp_path / "teacher"), teacher_dtype="bfloat16")
     run = trainer(tmp_path / "run", args={"max_steps": 2}, distillation=config)
     run.train()
-    assert run._distiller.teacher.dtype == torch.bfloat16
+    assert run._teacher.model.dtype == torch.bfloat16
     assert run.model.dtype == torch.float32
 
 
@@ -164,7 +166,7 @@ def test_logits_from_disk_are_the_teacher_s(tmp_path):
         args = {"max_steps": 4, "logging_steps": 1}
         run = trainer(tmp_path, name, args=args, distillation=config, train_dataset=data)
         run.train()
-        assert (run._distiller.teacher is None) == known
+        assert (run._teacher.model is None) == known
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import changed, cut, cut_everywhere, cut_tiny, distance, outputs, rows, snapshot, tiny, tiny_batch
+from tiny import changed, cut, cut_everywhere, cut_tiny, distance, keep, outputs, rows, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
 from hf_prune.model.sites import consumer
@@ -144,7 +144,7 @@ def test_unknown_choices(field, value):
         PruningConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("units", "match"), [(["layers"], "units='layers'"), ([], "name at least one of")])
+@pytest.mark.parametrize(("units", "match"), [(["experts"], "units='experts'"), ([], "name at least one of")])
 def test_unknown_units(units, match):
     with pytest.raises(ValueError, match=match):
         PruningConfig(units=units)
@@ -167,20 +167,15 @@ def test_unreachable_keep_with_heads_alone(bert):
 
 
 def test_heads_of_a_stock_bert(bert):
-    refused(bert, r"stock bert config cannot say another head count", PruningConfig(keep=0.9, units=["heads"]))
+    refused(bert, r"stock bert config cannot say another number of heads", PruningConfig(keep=0.9, units=["heads"]))
 
 
 def unequal_llama():
     """One of two KV groups in the first layer, both in the second; 30 and 40 neurons."""
-    from hf_prune.plan import SitePlan
-
     model = tiny("LlamaForCausalLM")
     kept = {"attention": [(1,), (0, 1)], "ffn": [range(30), range(40)]}
-    sites = [
-        SitePlan(*s.key, *(("kv_group", 2) if s.is_attention else ("neuron", 48)), tuple(kept[s.kind][s.layer]))
-        for s in describe(model).sites
-    ]
-    return cut(model, PruningPlan("llama", tuple(sites)))
+    sites = tuple(keep(s, kept[s.kind][s.layer], s.outer.name) for s in describe(model).sites)
+    return cut(model, PruningPlan("llama", sites))
 
 
 @pytest.mark.parametrize("shapes", ["stock", "uniform"])
@@ -188,8 +183,7 @@ def test_layers_that_differ_are_made_equal(shapes):
     model = unequal_llama()
     prune(model, [tiny_batch(model)], PruningConfig(keep=0.7, shapes=shapes, repair="none"))
     sites = describe(model).sites
-    assert len({site.columns for site in sites if not site.is_attention}) == 1
-    assert len({(site.heads, site.kv_heads) for site in sites if site.is_attention}) == 1
+    assert [len({tuple(s.sizes.items()) for s in sites if s.kind == kind}) for kind in ("attention", "ffn")] == [1, 1]
     assert not model.config.to_dict().get("per_layer_config")
 
 
@@ -203,8 +197,16 @@ def test_layers_that_differ_in_what_is_not_cut(shapes, units, site):
 @pytest.mark.parametrize("shapes", ["stock", "uniform"])
 def test_kv_groups_of_different_sizes_are_no_equal_counts(shapes):
     """One group of one head and one of two: the same count of groups, but no config of one head count."""
-    config = PruningConfig(keep=0.7, shapes=shapes, repair="none")
+    config = PruningConfig(keep=0.7, shapes=shapes, units=["kv_groups", "neurons"], repair="none")
     refused(cut_tiny("LlamaForCausalLM", "per_layer"), r"attention and the 1 sites.*differ already.*per_layer", config)
+
+
+@pytest.mark.parametrize("shapes", ["stock", "uniform"])
+def test_kv_groups_of_different_sizes_are_made_equal_by_their_heads(shapes):
+    model = cut_tiny("LlamaForCausalLM", "per_layer")
+    prune(model, [tiny_batch(model)], PruningConfig(keep=0.7, shapes=shapes, repair="none"))
+    assert [site.sizes for site in describe(model).sites if site.inner.mixes] == [{"kv_groups": 1, "heads": 1}] * 2
+    assert not model.config.to_dict().get("per_layer_config")
 
 
 @pytest.mark.parametrize(
@@ -252,28 +254,17 @@ def test_plan_for_fewer_layers(bert):
 
 def test_plan_with_heads_unevenly_over_groups():
     """2 of one group's heads and 1 of the other's: grouped attention cannot run that."""
-    from hf_prune.plan import SitePlan
-
     model = tiny("LlamaForCausalLM")
-    sites = [
-        SitePlan(*s.key, "head", 4, (0, 1, 2)) if s.is_attention else SitePlan(*s.key, "neuron", 48, range(48))
-        for s in describe(model).sites
-    ]
-    data = [tiny_batch(model)]
-    match = "same number of query heads"
-    refused(model, match, PruningConfig(repair="none"), data, plan=PruningPlan("llama", tuple(sites)))
+    sites = tuple(keep(s, (0, 1, 2)) if s.inner.mixes else keep(s) for s in describe(model).sites)
+    match = "remaining kv_groups must keep the same number of heads"
+    refused(model, match, PruningConfig(repair="none"), plan=PruningPlan("llama", sites))
 
 
 def test_plan_with_different_heads_in_coupled_blocks():
     """T5's blocks share block 0's position bias: other heads in block 1 would be silently wrong after a reload."""
-    from hf_prune.plan import SitePlan
-
     model = tiny("T5EncoderModel")
-    sites = [
-        SitePlan(*s.key, "head", 4, (s.layer, 3)) if s.is_attention else SitePlan(*s.key, "neuron", 48, range(48))
-        for s in describe(model).sites
-    ]
-    refused(model, "same", PruningConfig(repair="none"), plan=PruningPlan("t5", tuple(sites)))
+    sites = tuple(keep(s, (s.layer, 3)) if s.inner.mixes else keep(s) for s in describe(model).sites)
+    refused(model, "must keep the same heads", PruningConfig(repair="none"), plan=PruningPlan("t5", sites))
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tiny import FAMILY_NAMES, cut_everywhere, cut_tiny, distance, outputs, rows
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
 from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE, pack, record_of, unpack
-from hf_prune.plan import SitePlan
+from hf_prune.plan import Kept
 
 CLASS = transformers.BertForSequenceClassification
 AGAIN = PruningConfig(keep=0.9, shapes="per_layer", repair="none", align=1, criterion="magnitude")
@@ -127,14 +127,14 @@ ROUTES = (
 def test_the_plan_comes_along(made, tmp_path, monkeypatch, route):
     model, plan, home = made
     found = route(home, tmp_path, monkeypatch)
-    assert record_of(found).plan.sites == plan.sites
+    assert record_of(found).plan.kept == plan.kept
     assert distance(outputs(found, tiny_batch(model)), outputs(model, tiny_batch(model))) <= 1e-5
     then = cut_again(found)
-    assert found._hf_prune.plan.sites == plan.compose(then).sites
+    assert found._hf_prune.plan.kept == plan.compose(then).kept
     assert found.config.hf_prune["plan"] == plan.compose(then).hash
     assert found.config.hf_prune["before"] == model.config.hf_prune["before"]  # of the dense model
     save_pretrained(found, tmp_path / "twice")
-    assert PruningPlan.load(tmp_path / "twice" / PLAN_FILE).sites == plan.compose(then).sites
+    assert PruningPlan.load(tmp_path / "twice" / PLAN_FILE).kept == plan.compose(then).kept
     assert record_of(opened(tmp_path / "twice")).plan.hash == plan.compose(then).hash
 
 
@@ -166,9 +166,9 @@ def test_a_llama_saved_as_mistral_still_knows_its_plan(tmp_path):
     model = cut_tiny("LlamaForCausalLM", "uniform")
     save_pretrained(model, tmp_path / "mistral", model_type="mistral")
     found = transformers.MistralForCausalLM.from_pretrained(tmp_path / "mistral")
-    assert record_of(found).plan.sites == model._hf_prune.plan.sites
+    assert record_of(found).plan.kept == model._hf_prune.plan.kept
     prune(found, [tiny_batch(found)], AGAIN)
-    assert len(found._hf_prune.plan.sites) == len(model._hf_prune.plan.sites)
+    assert len(found._hf_prune.plan.kept) == len(model._hf_prune.plan.kept)
 
 
 OPEN = """
@@ -208,7 +208,7 @@ def other_plan():
     model = tiny_model("bert")
     site = describe(model).sites[0]
     sites = [replace(s, kept=s.kept[:-1]) if len(s.kept) > 1 else s for s in cut_everywhere(describe(model)).sites]
-    assert site.key == sites[0].key
+    assert site.key == sites[0].where
     return PruningPlan("bert", tuple(sites))
 
 
@@ -247,15 +247,18 @@ def test_a_plan_that_is_nowhere_is_said(made, tmp_path):
         ({"plan": "0" * 64}, "one of them was edited"),
         ({"kept": "all"}, "is no plan"),
         ({"kept": {}}, "one of them was edited"),
-        ({"kept": {"encoder.0.ffn": "neuron 1000000000 AAAA"}}, "not of 1000000000"),
-        ({"kept": {"encoder.0.ffn": "neuron -8 AQ=="}}, "is no plan"),
-        ({"kept": {"encoder.0.ffn": "neuron 8 AA=="}}, "must keep at least one"),
-        ({"kept": {"encoder.0.ffn": "fish 8 AQ=="}}, "not one of head"),
-        ({"kept": {"encoder.x.ffn": "neuron 8 AQ=="}}, "is no plan"),
-        ({"kept": {"encoder.0.ffn": "neuron 8 A*=="}}, "is no plan"),
+        ({"kept": {"encoder.0.ffn": "neurons 1000000000 AAAA"}}, "not of 1000000000"),
+        ({"kept": {"encoder.0.ffn": "neurons -8 AQ=="}}, "is no plan"),
+        ({"kept": {"encoder.0.ffn": "neurons 8 AA=="}}, "must keep at least one"),
+        ({"kept": {"encoder.0.ffn": "neurons 8"}}, "is no plan"),
+        ({"kept": {"encoder.0.ffn": " 8 AQ=="}}, "an axis is a word"),
+        ({"kept": {"encoder.0.ffn": "fish 8 AQ=="}}, "one of them was edited"),
+        ({"kept": {"encoder.x.ffn": "neurons 8 AQ=="}}, "is no plan"),
+        ({"kept": {"encoder.0": "neurons 8 AQ=="}}, "is no place"),
+        ({"kept": {"encoder.0.ffn": "neurons 8 A*=="}}, "is no plan"),
         ({"kept": {"encoder.0.ffn": None}}, "is no plan"),
         ({"kept": [1]}, "is no plan"),
-        ({"format": 2}, "in format 2"),
+        ({"format": 3}, "in format 3"),
     ],
 )
 def test_a_damaged_plan_in_the_config_is_refused_before_anything_is_changed(made, tmp_path, change, match):
@@ -295,8 +298,8 @@ def test_a_packed_plan_is_the_plan(family):
 
 def test_a_packed_plan_is_small():
     """Of 32 layers of 11,008 neurons and 32 heads, less than 64 KB: fine in a config.json."""
-    sites = [SitePlan("decoder", i, "ffn", "neuron", 11008, tuple(range(0, 11008, 2))) for i in range(32)]
-    sites += [SitePlan("decoder", i, "attention", "head", 32, tuple(range(0, 32, 2))) for i in range(32)]
+    sites = [Kept(("decoder", i, "ffn"), "neurons", 11008, tuple(range(0, 11008, 2))) for i in range(32)]
+    sites += [Kept(("decoder", i, "attention"), "heads", 32, tuple(range(0, 32, 2))) for i in range(32)]
     assert len(json.dumps(pack(PruningPlan("llama", tuple(sites))))) < 64 * 1024
 
 

@@ -14,8 +14,8 @@ from test_reload import tiny_tokenizer
 from tiny import cut_tiny, tiny_batch, tiny_model
 
 from hf_prune import PruningConfig, prune, save_pretrained
-from hf_prune.checkpoint.proof import PROOF_FILE, proven
 from hf_prune.checkpoint.hub import push
+from hf_prune.checkpoint.proof import PROOF_FILE, proven
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of httpx
 OPEN = """

@@ -12,12 +12,16 @@ import pytest
 import torch
 from tiny import EVERY_CLASS, changed, cut_everywhere, snapshot, tiny, tiny_batch, tiny_model
 
-from hf_prune import PruningConfig, describe, latency, prune
-from hf_prune.decide.allocate import allocate, choose_units, unit_of
-from hf_prune.model.anatomy import quiet
-from hf_prune.decide.costs import CostModel, cost_model, dense_counts, planned_counts
-from hf_prune.decide.latency import LatencyTable, MeasuredCost, latency_table, monotone
-from hf_prune.oneshot import analyze, apply
+from hf_prune import PruningConfig, describe, prune
+from hf_prune.decide.allocate import allocate
+from hf_prune.decide.costs import CostModel, cost_model, planned_sizes
+from hf_prune.decide.latency import cache as caching
+from hf_prune.decide.latency import clock, watch
+from hf_prune.decide.latency.cache import latency_table
+from hf_prune.decide.latency.table import LatencyTable, MeasuredCost, monotone
+from hf_prune.decide.units import choose_units, unit_of
+from hf_prune.model.weights import quiet
+from hf_prune.oneshot import analyze
 
 CONFIG = PruningConfig(
     metric="latency", keep=0.7, shapes="uniform", align=8, sequence_length=12, criterion="magnitude", repair="none"
@@ -40,15 +44,20 @@ def clockwork(monkeypatch):
         module(*args, **kwargs)
         return sum(p.numel() for p in module.parameters()) * 1e-6
 
-    monkeypatch.setattr(latency, "timed", timed)
-    monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency, "WARMUP", 0)
-    monkeypatch.setattr(latency, "WATCH_ROUNDS", 1)
+    monkeypatch.setattr(clock, "timed", timed)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "WARMUP", 0)
+    monkeypatch.setattr(watch, "ROUNDS", 1)
     return calls
 
 
 def dense_ms(model):
     return sum(p.numel() for p in model.parameters()) * 1e-3
+
+
+def sized(anatomy, heads, width):
+    """The same counts in every layer of a model whose heads each have their own keys."""
+    return {s.key: s.counts(heads if s.inner.mixes else width, 1) for s in anatomy.sites}
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -63,28 +72,28 @@ def test_where_time_is_parameters_the_table_counts_them(family, class_name, cloc
     table = latency_table(model, anatomy, CONFIG, align=8)
     assert list(changed(before, model)) == []
     expected = cost_model(anatomy, "params", 12, "model")
-    dense = dense_counts(anatomy)
+    dense = anatomy.sizes
     assert table.total(dense) == pytest.approx(dense_ms(model))
-    cut = planned_counts(anatomy, cut_everywhere(anatomy)) if all(s.active for s in anatomy.sites) else dense
+    cut = planned_sizes(anatomy, cut_everywhere(anatomy)) if all(s.active for s in anatomy.sites) else dense
     assert table.total(cut) == pytest.approx(expected.total(cut) * 1e-3)
 
 
 def test_savings_add_up_and_fewer_units_never_cost_more(monkeypatch):
     """Also where every timing is noise."""
-    monkeypatch.setattr(latency, "BUSY", float("inf"))
+    monkeypatch.setattr(caching, "BUSY", float("inf"))
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(latency, "timed", lambda *_, **__: float(rng.random()))
+    monkeypatch.setattr(clock, "timed", lambda *_, **__: float(rng.random()))
     model = tiny("LlamaForCausalLM")
     anatomy = describe(model)
     table = latency_table(model, anatomy, CONFIG, align=8)
-    dense = dense_counts(anatomy)
+    dense = anatomy.sizes
     saved = {}
     for site in anatomy.sites:
-        counts = [(n, 0) for n in range(8, 49, 4)] if not site.is_attention else [(1, 1), (2, 1), (4, 2)]
-        costs = [table.total({**dense, site.key: count}) for count in counts]
+        counts = [(1, 1), (1, 2), (2, 2)] if site.inner.mixes else [(n, 1) for n in range(8, 49, 4)]
+        costs = [table.total({**dense, site.key: site.counts(*count)}) for count in counts]
         assert costs == sorted(costs)
         saved[site.key] = table.total(dense) - costs[0]
-    least = {site.key: (1, 1) if site.is_attention else (8, 0) for site in anatomy.sites}
+    least = sized(anatomy, 1, 8)
     assert table.total(dense) - table.total(least) == pytest.approx(sum(saved.values()))
 
 
@@ -92,17 +101,16 @@ def test_what_the_whole_model_saves_is_believed_over_its_layers(clockwork, monke
     """Half the saving at every level, half of every saving; the dense total is as measured."""
     model = tiny("BertForMaskedLM")
     anatomy = describe(model)
-    dense, least = dense_counts(anatomy), {s.key: (1, 1) if s.is_attention else (8, 0) for s in anatomy.sites}
-    between = {s.key: (2, 2) if s.is_attention else (24, 0) for s in anatomy.sites}
+    dense, least, between = anatomy.sizes, sized(anatomy, 1, 8), sized(anatomy, 2, 24)
     first = latency_table(model, anatomy, CONFIG, align=8)
-    honest = latency.timed
+    honest = clock.timed
     total = sum(p.numel() for p in model.parameters())
 
     def slower(module, *args, **kwargs):
         seconds = honest(module, *args, **kwargs)
         return (seconds + total * 1e-6) / 2 if module is model else seconds
 
-    monkeypatch.setattr(latency, "timed", slower)
+    monkeypatch.setattr(clock, "timed", slower)
     second = latency_table(model, anatomy, replace(CONFIG, latency_batch_size=2), align=8)
     assert second.total(dense) == pytest.approx(first.total(dense))
     for counts in (least, between):
@@ -115,7 +123,7 @@ def test_other_layers_for_a_while():
     before = snapshot(model)
     path, own = "bert.encoder.layer.1", model.bert.encoder.layer[1]
     other = torch.nn.Identity()
-    with latency.swapped(model, {path: other}):
+    with clock.swapped(model, {path: other}):
         assert model.bert.encoder.layer[1] is other
     assert model.bert.encoder.layer[1] is own
     assert list(changed(before, model)) == []
@@ -134,22 +142,26 @@ def test_monotone(seed):
 
 
 def test_interpolation():
-    neurons = MeasuredCost([8, 16, 32], [1], [[0.0], [4.0], [6.0]])
-    assert [neurons.site(n, 0) for n in (8, 12, 16, 24, 32)] == [0, 2, 4, 5, 6]
-    assert neurons.site(4, 0) == 0  # below the grid: the least measured, nothing is made up
-    heads = MeasuredCost([1, 3], [1, 4], [[0.0, 3.0], [6.0, 15.0]])
-    assert [heads.site(*count) for count in ((1, 1), (4, 1), (3, 3), (12, 3))] == [0, 3, 6, 15]
-    assert heads.site(4, 2) == pytest.approx(5)  # 2 groups of 2: a third of the way from 3 to 9
+    neurons = MeasuredCost(["neurons", "neurons"], [8, 16, 32], [1], [[0.0], [4.0], [6.0]])
+    assert [neurons.site({"neurons": n}) for n in (8, 12, 16, 24, 32)] == [0, 2, 4, 5, 6]
+    assert neurons.site({"neurons": 4}) == 0  # below the grid: the least measured, nothing is made up
+    table = MeasuredCost(["kv_groups", "heads"], [1, 3], [1, 4], [[0.0, 3.0], [6.0, 15.0]])
+
+    def at(heads, groups):
+        return table.site({"heads": heads, "kv_groups": groups})
+
+    assert [at(*count) for count in ((1, 1), (4, 1), (3, 3), (12, 3))] == [0, 3, 6, 15]
+    assert at(4, 2) == pytest.approx(5)  # 2 groups of 2: a third of the way from 3 to 9
 
 
 def test_grids_hold_both_ends_and_at_most_a_dozen_counts():
     wide = describe(tiny("BertForMaskedLM", hidden_size=128, num_attention_heads=32, intermediate_size=500))
-    heads, neurons = (latency._grid(site, 16) for site in wide.sites[:2])
+    heads, neurons = (clock.grid_of(site, 16) for site in wide.sites[:2])
     assert (heads.groups[0], heads.groups[-1], heads.each) == (1, 32, [1])
     assert (neurons.groups[0], neurons.groups[-1]) == (16, 500)
     assert all(n % 16 == 0 for n in neurons.groups[:-1])
     assert len(heads.groups) == len(neurons.groups) == 12
-    grouped = latency._grid(describe(tiny("LlamaForCausalLM")).sites[0], 16)
+    grouped = clock.grid_of(describe(tiny("LlamaForCausalLM")).sites[0], 16)
     assert (grouped.groups, grouped.each) == ([1, 2], [1, 2])
 
 
@@ -157,7 +169,7 @@ def test_one_layer_stands_for_all_like_it():
     """Twelve layers are timed like two, and an earlier cut that left them unequal is seen."""
 
     def distinct(model):
-        return len({site.key for site in latency._stand_ins(model, describe(model)).values()})
+        return len({site.key for site in clock._stand_ins(model, describe(model)).values()})
 
     assert [distinct(tiny("BertForMaskedLM", num_hidden_layers=layers)) for layers in (2, 12)] == [2, 2]
     assert distinct(tiny("T5ForConditionalGeneration")) == 2 * 2 + 2 * 3  # the first layers compute the position bias
@@ -169,12 +181,12 @@ def test_one_layer_stands_for_all_like_it():
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("name_of_vision", ["ViTForImageClassification"])
 def test_real_clock(name, name_of_vision, monkeypatch):
-    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
     for class_name in (name, name_of_vision):
         model = tiny(class_name)
         anatomy = describe(model)
         table = latency_table(model, anatomy, CONFIG, align=8)
-        assert table.total(dense_counts(anatomy)) > 0
+        assert table.total(anatomy.sizes) > 0
         assert not table.cached
 
 
@@ -239,13 +251,13 @@ def test_a_corrupt_table_is_measured_again(damage, clockwork, cache):
 
 def test_a_table_of_a_busy_machine_is_not_cached(clockwork, cache, monkeypatch):
     speed = itertools.chain([1.0, 2.0, 3.0], itertools.repeat(1.0))
-    honest = latency.timed
-    monkeypatch.setattr(latency, "ROUNDS", 3)
-    monkeypatch.setattr(latency, "timed", lambda m, *a, **k: honest(m, *a, **k) * (next(speed) if m is model else 1.0))
+    honest = clock.timed
+    monkeypatch.setattr(clock, "ROUNDS", 3)
+    monkeypatch.setattr(clock, "timed", lambda m, *a, **k: honest(m, *a, **k) * (next(speed) if m is model else 1.0))
     model = tiny("BertForMaskedLM")
     with pytest.warns(UserWarning, match=r"busy.*2\.00 times the fastest.*not cached"):
         table = latency_table(model, describe(model), CONFIG, align=8)
-    assert table.total(dense_counts(describe(model))) == pytest.approx(2 * dense_ms(model))
+    assert table.total(describe(model).sizes) == pytest.approx(2 * dense_ms(model))
     assert not cache.exists()
 
 
@@ -265,11 +277,11 @@ def test_the_plan_is_the_best_of_all_pairs(keep):
     """BERT, uniform, under a hand-made table that no arithmetic would give; every pair is tried by hand."""
     anatomy = describe(tiny("BertForMaskedLM"))
     config = PruningConfig(metric="latency", keep=keep, shapes="uniform")
-    heads = MeasuredCost([1, 2, 3, 4], [1], [[0.0], [0.1], [4.0], [4.1]])
-    neurons = MeasuredCost([8, 24, 48], [1], [[0.0], [5.0], [5.5]])
-    units = {site.key: heads if site.is_attention else neurons for site in anatomy.sites}
+    heads = MeasuredCost(["heads", "heads"], [1, 2, 3, 4], [1], [[0.0], [0.1], [4.0], [4.1]])
+    neurons = MeasuredCost(["neurons", "neurons"], [8, 24, 48], [1], [[0.0], [5.0], [5.5]])
+    units = {site.key: heads if site.inner.mixes else neurons for site in anatomy.sites}
     table = LatencyTable("latency", 3.0, units)
-    dense = table.total(dense_counts(anatomy))
+    dense = table.total(anatomy.sizes)
     assert dense == pytest.approx(3 + 2 * (4.1 + 5.5))
     wanted = choose_units(anatomy, config)
     generator = torch.Generator().manual_seed(0)
@@ -277,9 +289,8 @@ def test_the_plan_is_the_best_of_all_pairs(keep):
     plan = allocate(anatomy, scores, config, align=8, measured=table)
     found = []
     for number, width in itertools.product(range(1, 5), range(8, 49, 8)):
-        counts = {s.key: (number, number) if s.is_attention else (width, 0) for s in anatomy.sites}
-        if table.total(counts) <= keep * dense:
-            kept = {s.key: number if s.is_attention else width for s in anatomy.sites}
+        if table.total(sized(anatomy, number, width)) <= keep * dense:
+            kept = {s.key: number if s.inner.mixes else width for s in anatomy.sites}
             found.append(sum(float(scores[k].sort().values[: len(scores[k]) - n].sum()) for k, n in kept.items()))
     assert plan.cost["predicted_loss"] == pytest.approx(min(found))
     assert plan.cost["metric"] == "latency"
@@ -334,17 +345,17 @@ def test_a_drift_of_the_machine_cancels(clockwork, monkeypatch):
     """Everything takes three times as long after the cut."""
     model = tiny("BertForMaskedLM")
     analysis = analyze(model, [tiny_batch(model)], CONFIG)
-    honest, speed = latency.timed, [1.0]
-    monkeypatch.setattr(latency, "timed", lambda *a, **k: speed[0] * honest(*a, **k))
-    start = latency.Watch.start.__func__
+    honest, speed = clock.timed, [1.0]
+    monkeypatch.setattr(clock, "timed", lambda *a, **k: speed[0] * honest(*a, **k))
+    start = watch.Watch.start.__func__
 
     def slow_afterwards(cls, *args):
-        watch = start(cls, *args)
+        started = start(cls, *args)
         speed[0] = 3.0
-        return watch
+        return started
 
-    monkeypatch.setattr(latency.Watch, "start", classmethod(slow_afterwards))
-    report = apply(model, analysis).report["latency"]
+    monkeypatch.setattr(watch.Watch, "start", classmethod(slow_afterwards))
+    report = analysis.cut_(model).report["latency"]
     assert report["realised_ms"] == pytest.approx(report["predicted_ms"])
 
 
@@ -354,19 +365,17 @@ def test_a_drift_of_the_machine_cancels(clockwork, monkeypatch):
 def test_a_missed_target_warns(times, match, clockwork, monkeypatch):
     model = tiny("BertForMaskedLM")
     analysis = analyze(model, [tiny_batch(model)], CONFIG)
-    against = latency._against
+    against = watch.against
     factor = iter((1.0, times))
-    monkeypatch.setattr(
-        latency, "_against", lambda *a: tuple(value * f for f in [next(factor)] for value in against(*a))
-    )
+    monkeypatch.setattr(watch, "against", lambda *a: tuple(value * f for f in [next(factor)] for value in against(*a)))
     with pytest.warns(UserWarning, match=match):
-        report = apply(model, analysis).report["latency"]
+        report = analysis.cut_(model).report["latency"]
     assert report["keep"] > 0.77
 
 
 def test_a_count_too_coarse_to_meet_keep_is_no_miss():
     """0.6 was predicted for 0.8 because nothing lies between; 0.62 is then as planned."""
-    latency._warn_if_missed(0.8, 0.6, 0.62)
+    watch._warn_if_missed(0.8, 0.6, 0.62)
 
 
 def test_replaying_a_plan_measures_what_it_realises(clockwork):
@@ -423,7 +432,7 @@ def test_an_unreachable_target_names_the_least(clockwork):
 
 
 def test_no_saving_is_said(clockwork, monkeypatch):
-    monkeypatch.setattr(latency, "timed", lambda *_, **__: 0.001)  # whatever is cut
+    monkeypatch.setattr(clock, "timed", lambda *_, **__: 0.001)  # whatever is cut
     config = PruningConfig(metric="latency", keep=0.7, align=8, sequence_length=12)
     refused(tiny("BertForMaskedLM"), config, r"the least is 1\.000.*No count saves time")
 
@@ -447,20 +456,20 @@ def test_a_cut_bench_runs_in_the_middle_of_t5():
     anatomy = describe(model)
     site = next(s for s in anatomy.sites if s.key == ("decoder", 1, "attention"))
     with quiet(model), torch.inference_mode():
-        bench = latency.Bench.of(model, site, latency._inputs(model, anatomy, CONFIG)).copy()
+        bench = clock.Bench.of(model, site, clock.inputs_of(model, anatomy, CONFIG)).copy()
         assert bench.cut(site, 2, 1)[0].seconds() > 0
 
 
 def test_device_names(monkeypatch):
-    assert latency.device_name(torch.device("cpu"))
+    assert caching.device_name(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
-    assert latency.device_name(torch.device("cuda")) == "NVIDIA Something"
+    assert caching.device_name(torch.device("cuda")) == "NVIDIA Something"
 
 
 def test_cache_directory(monkeypatch, tmp_path):
-    assert latency.cache_directory() == tmp_path / "latency"
+    assert caching.cache_directory() == tmp_path / "latency"
     monkeypatch.delenv("HF_PRUNE_CACHE")
-    assert re.search(r"\.cache.hf_prune.decide.latency$", str(latency.cache_directory()))
+    assert re.search(r"\.cache.hf_prune.latency$", str(caching.cache_directory()))
 
 
 def test_a_table_is_a_cost_model():

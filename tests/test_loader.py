@@ -305,8 +305,8 @@ def test_an_empty_entry_says_nothing(entry):
 
 @pytest.mark.parametrize(
     "entry",
-    [3, "pruned", [1], True, {"format": 1}, {"format": 2, "shapes": "uniform"}, {"format": 1, "shapes": "round"},
-     {"format": None, "shapes": "stock"}, {"shapes": "per_layer"}],
+    [3, "pruned", [1], True, {"format": 1}, {"format": 2}, {"format": 3, "shapes": "uniform"},
+     {"format": 2, "shapes": "round"}, {"format": None, "shapes": "stock"}, {"shapes": "per_layer"}],
 )  # fmt: skip
 def test_an_entry_of_another_form_is_refused(entry):
     with pytest.raises(ValueError, match=r"Restore config\.json|restore config\.json"):

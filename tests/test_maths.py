@@ -10,7 +10,19 @@ from torch.nn import functional
 
 from hf_prune import describe
 from hf_prune.model.batches import draw, even_positions
-from hf_prune.score.statistics import Sums, gradients, rows_of, statistics
+from hf_prune.model.sites import consumer, tensor_of
+from hf_prune.repair.solve import (
+    ChannelSums,
+    Moments,
+    fold,
+    refit,
+    refit_channels,
+    rescale,
+    shift_bias,
+    solve,
+    token_weights,
+)
+from hf_prune.repair.walk import matrix_of, set_matrix_
 from hf_prune.score.criteria import (
     CRITERIA,
     REPRESENTATION,
@@ -25,9 +37,7 @@ from hf_prune.score.criteria import (
     random,
 )
 from hf_prune.score.losses import _draw
-from hf_prune.repair.solve import ChannelSums, Moments, fold, refit, refit_channels, rescale, shift_bias, solve, token_weights
-from hf_prune.repair.walk import matrix_of, set_matrix_
-from hf_prune.model.sites import consumer
+from hf_prune.score.statistics import Sums, gradients, rows_of, statistics
 
 N, K, S, D = 200, 12, 7, 5  # tokens, dense columns, kept columns, outputs
 
@@ -119,7 +129,7 @@ def test_token_weights_are_half_alike_and_half_by_gradient():
 def test_a_bert_classifier_reads_only_the_first_token_of_its_last_layer():
     model = tiny("BertForSequenceClassification")
     sites, drawn = describe(model).sites, draw(model, [tiny_batch(model)], 8, 0)
-    units = {site.key: site.heads or site.columns for site in sites}
+    units = {site.key: site.sizes[site.inner.name] for site in sites}
     found = gradients(model, sites, units, drawn[0]).tokens
     last = found[sites[-1].key].view(drawn[0].size, -1)
     assert (last[:, 0] > 0).all()
@@ -412,10 +422,10 @@ def test_statistics_match_a_plain_forward(class_name):
     model = tiny(class_name)
     batches = [tiny_batch(model, seed=seed) for seed in (0, 1)]
     sites = describe(model).sites
-    units = {site.key: site.heads or site.columns for site in sites}
+    axes = {site.key: site.inner.name for site in sites}
     drawn = draw(model, batches, 16, 0)
     collected = 0
-    for site, found in statistics(model, sites, units, drawn, CRITERIA["hessian"], 0):
+    for site, found in statistics(model, sites, axes, drawn, CRITERIA["hessian"], 0):
         if not site.active:
             assert not found.gram.any()
             continue
@@ -436,24 +446,19 @@ def test_weight_squares_count_all_weights_of_a_unit(class_name):
     """A unit's squares summed over units are all the squares of the site's matrices."""
     model = tiny(class_name)
     sites = describe(model).sites
-    for granularity in ("heads", "groups"):
-        units = {s.key: (s.heads if granularity == "heads" else s.kv_heads) or s.columns for s in sites}
-        for site, found in statistics(model, sites, units, [], CRITERIA["magnitude"], 0):
-            layer = model.get_submodule(site.path)
-            if site.is_attention:
-                paths = {*site.row.producers, site.row.out}
-                if units[site.key] != site.kv_heads and site.row.q != site.row.k:
-                    paths -= {site.row.k, site.row.v}
-                elif units[site.key] != site.kv_heads:
-                    continue  # one matrix holds q, k and v; the split is checked at the other granularity
-            else:
-                paths = {site.row.down, *next(p for p in site.row.up if all(has(layer, path) for path in p))}
-            total = sum(layer.get_submodule(path).weight.square().sum().item() for path in paths)
+    for granularity in ("inner", "outer"):
+        axes = {site.key: getattr(site, granularity).name for site in sites}
+        for site, found in statistics(model, sites, axes, [], CRITERIA["magnitude"], 0):
+            alone = granularity == "inner" and site.share > 1  # then keys and values belong to no head
+            layer, total = model.get_submodule(site.path), 0.0
+            for part in (part for part in site.parts if part.role != "carries"):
+                weight = tensor_of(layer, part.tensor)
+                if alone and len(part.axes) > 1:
+                    weight = weight.narrow(part.dim, 0, site.columns)  # queries lie first where one matrix holds all
+                if not alone or part.axes[0] == site.inner.name:
+                    total += weight.square().sum().item()
+            assert found.weight_square.shape == (site.sizes[axes[site.key]],)
             assert found.weight_square.sum().item() == pytest.approx(total, rel=1e-4), site.name
-
-
-def has(layer, path):
-    return path in dict(layer.named_modules())
 
 
 def test_rows_of_flattens_masks_and_chooses():

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 
 import hf_prune
+from hf_prune.model.probe import cache_argument, random_inputs
 from hf_prune.report import measure as measuring
-from hf_prune.report.measure import cache_argument, compare, directory_bytes, measure, random_inputs
+from hf_prune.report.measure import compare, directory_bytes, measure
 from hf_prune.report.table import count, markdown, rich_table
 
 SHAPES = ((1, 8), (2, 8))

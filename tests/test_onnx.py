@@ -19,7 +19,7 @@ from transformers.exporters import ExportQuantizer
 from hf_prune.export import onnx as onnx_export
 from hf_prune.export.kernels import CpuKernels
 from hf_prune.export.onnx import to_onnx
-from hf_prune.report.measure import cache_argument
+from hf_prune.model.probe import cache_argument
 
 CONFIG = {"align": 4, "calibration_samples": 16, "sequence_length": 12}
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")

@@ -16,6 +16,7 @@ from tiny import (
     cut_everywhere,
     cut_tiny,
     distance,
+    keep,
     outputs,
     rows,
     singles,
@@ -28,15 +29,16 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
+from hf_prune.decide.costs import cost_model, planned_sizes
 from hf_prune.model.batches import draw
-from hf_prune.score.statistics import gradients, masked
-from hf_prune.decide.costs import cost_model, dense_counts, planned_counts
-from hf_prune.model.families import FFN
+from hf_prune.model.mask import masked
+from hf_prune.model.sites import attribute_of, consumer, find_sites, input_axis
+from hf_prune.oneshot import analyze, record_of
+from hf_prune.plan import PruningPlan
+from hf_prune.repair.walk import improvement
 from hf_prune.score.criteria import CRITERIA
 from hf_prune.score.losses import example_losses
-from hf_prune.oneshot import analyze, record_of
-from hf_prune.repair.walk import improvement
-from hf_prune.model.sites import consumer, find_sites, get, input_axis
+from hf_prune.score.statistics import gradients
 
 SHAPES = ("stock", "uniform", "per_layer")
 ONE_OF_EACH_KIND = (
@@ -80,21 +82,14 @@ def test_masked_equals_sliced_in_bfloat16(class_name, cut_shapes):
     assert distance(got, dense) > distance(got, expected)
 
 
-@pytest.mark.parametrize(("unit", "kept"), [("head", (0, 3)), ("head", (0, 1, 4, 5)), ("kv_group", (1,))])
-def test_grouped_query_units(unit, kept):
-    """Heads evenly in every group, and whole groups, with 8 heads in 2 groups."""
-    from hf_prune.plan import PruningPlan, SitePlan
-
+@pytest.mark.parametrize(
+    ("axis", "kept"), [("heads", (0, 3, 4, 7)), ("heads", (0, 1, 4, 5)), ("heads", (5, 6)), ("kv_groups", (1,))]
+)
+def test_grouped_query_units(axis, kept):
+    """Heads evenly in every group that stays, and whole groups, with 8 heads in 2 groups."""
     model = tiny("LlamaForCausalLM", num_attention_heads=8, hidden_size=64)
     anatomy, batch = describe(model), tiny_batch(model)
-    of = {"head": 8, "kv_group": 2}[unit]
-    sites = [
-        SitePlan(*site.key, unit, of, kept if unit == "kv_group" or len(kept) == 4 else (0, 3, 4, 7))
-        if site.is_attention
-        else SitePlan(*site.key, "neuron", site.columns, range(site.columns))
-        for site in anatomy.sites
-    ]
-    plan = PruningPlan("llama", tuple(sites))
+    plan = PruningPlan("llama", tuple(keep(s, kept, axis) if s.inner.mixes else keep(s) for s in anatomy.sites))
     with masked(model, anatomy, plan):
         expected = outputs(model, batch)
     assert distance(outputs(cut(model, plan), batch), expected) <= 1e-4
@@ -205,7 +200,7 @@ def test_an_error_while_cutting_changes_nothing(family):
     """In the last layer, after the layers below it were cut and repaired."""
     model = tiny(CLASSES[family][0]).train()
     next(model.parameters()).requires_grad_(False)
-    explode_within(model, "_cut_and_repair_", calls=1)
+    explode_within(model, "execute_", calls=1)
     before = snapshot(model)
     data = [tiny_batch(model, batch=32, seed=seed) for seed in range(4)]
     with pytest.raises(Boom):
@@ -230,33 +225,30 @@ def test_config_says_what_the_weights_are(class_name, shapes):
     model = cut_tiny(class_name, shapes)
     config = model.config.to_dict()
     for site in describe(model).sites:
-        if isinstance(site.row, FFN):
-            assert said(config, site)[site.row.width_key] == site.columns, site.name
-            continue
-        assert said(config, site)[site.row.heads_key] == site.heads, site.name
-        if site.row.kv_key:
-            assert said(config, site)[site.row.kv_key] == site.kv_heads, site.name
+        for axis in site.row.axes:
+            assert said(config, site)[axis.config] == site.sizes[axis.name], (site.name, axis.name)
+
+
+SIZES_OF = {  # attributes of modules that repeat the shape of their weight
+    "Linear": ("out_features", "in_features"),
+    "Conv1D": ("nx", "nf"),
+    "Embedding": ("num_embeddings", "embedding_dim"),
+}
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_attributes_say_what_the_weights_are(class_name, shapes):
     model = cut_tiny(class_name, shapes)
     for site in describe(model).sites:
-        layer, row = model.get_submodule(site.path), site.row
-        out = consumer(model, site)
-        if hasattr(out, "in_features"):
-            assert out.in_features == site.columns
-        if hasattr(out, "nx"):
-            assert (out.nx, out.nf) == tuple(out.weight.shape)
-        sizes = {
-            "width": site.columns,
-            "columns": site.columns,
-            "heads": site.heads,
-            "kv_heads": site.kv_heads,
-            "groups": site.heads // max(site.kv_heads, 1),
-        }
-        for attribute, meaning in row.attributes.items():
-            assert getattr(get(layer, row.module), attribute) == sizes[meaning], (site.name, attribute)
+        layer = model.get_submodule(site.path)
+        for module in layer.modules():
+            said_of = [getattr(module, name) for name in SIZES_OF.get(type(module).__name__, ())]
+            assert said_of == (list(module.weight.shape) if said_of else []), (site.name, module)
+        assert site.columns == site.sizes[site.inner.name] * site.widths[site.inner.name]
+        for count in site.row.counts:
+            units = site.sizes[count.axis]
+            meant = {"units": units, "columns": site.columns, "each": units // site.sizes[site.outer.name]}[count.of]
+            assert attribute_of(layer, count.attribute) == meant, (site.name, count.attribute)
 
 
 @pytest.mark.filterwarnings("ignore:.*remains, where keep=")  # a group of heads is a large part of a tiny model
@@ -269,18 +261,17 @@ def test_costs_are_those_of_the_model(class_name, shapes):
         before = describe(model)
         config = PruningConfig(metric=metric, shapes=shapes, criterion="magnitude", repair="none")
         config = within_reach(model, config)
-        keep = config.keep
         report = prune(model, data, config).report
         after = describe(model)
-        assert report["keep"] <= keep
-        assert report["after"][f"{metric}_{config.scope}"] <= keep * report["before"][f"{metric}_{config.scope}"]
+        assert report["keep"] <= config.keep
+        assert report["after"][f"{metric}_{config.scope}"] <= config.keep * report["before"][f"{metric}_{config.scope}"]
         real = sum(p.numel() for p in model.parameters())
         assert report["after"]["params_model"] == after.total_params == real
         layers = {site.path for site in after.sites}
         block = sum(p.numel() for path in layers for p in model.get_submodule(path).parameters())
         assert report["after"]["params_blocks"] == block
         for metric_, scope in (("macs", "model"), ("macs", "blocks"), ("params", "blocks")):
-            again = cost_model(after, metric_, 128, scope).total(dense_counts(after))
+            again = cost_model(after, metric_, 128, scope).total(after.sizes)
             assert report["after"][f"{metric_}_{scope}"] == pytest.approx(again)
         assert before.total_params == report["before"]["params_model"]
 
@@ -302,10 +293,30 @@ def test_macs_match_the_flop_counter(class_name, length):
     model = tiny(class_name, attn_implementation="eager")
     anatomy = describe(model)
     costs = cost_model(anatomy, "macs", length, "model")
-    assert costs.total(dense_counts(anatomy)) == pytest.approx(counted_macs(model, length), rel=0.01)
+    assert costs.total(anatomy.sizes) == pytest.approx(counted_macs(model, length), rel=0.01)
     plan = cut_everywhere(anatomy)
     cut(model, plan)
-    assert costs.total(planned_counts(anatomy, plan)) == pytest.approx(counted_macs(model, length), rel=0.01)
+    assert costs.total(planned_sizes(anatomy, plan)) == pytest.approx(counted_macs(model, length), rel=0.01)
+
+
+def test_the_anatomy_needs_no_weights_and_no_forward_pass(class_name):
+    model = tiny(class_name)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    model.forward = empty.forward = None
+    assert describe(empty) == describe(model)
+
+
+@pytest.mark.parametrize("class_name", FIRST)
+def test_a_model_without_weights_is_not_pruned(class_name):
+    with torch.device("meta"):
+        empty = type(tiny(class_name))(tiny(class_name).config)
+    plan = cut_everywhere(describe(empty))
+    for more in ({}, {"plan": plan}):
+        with pytest.raises(ValueError, match="is on the meta device"):
+            prune(empty, [tiny_batch(empty)], PruningConfig(keep=0.9, metric="params", repair="none"), **more)
+    assert describe(empty).sizes == describe(tiny(class_name)).sizes
 
 
 def test_t5_heads_are_coupled():
@@ -316,8 +327,9 @@ def test_t5_heads_are_coupled():
         plan = analyze(model, [tiny_batch(model)], config).plan()
         kept = {}
         for site in plan.sites:
-            if site.unit == "head":
-                kept.setdefault((site.stack, site.kind), set()).add(site.kept)
+            if site.axis == "heads":
+                stack, _, kind = site.where
+                kept.setdefault((stack, kind), set()).add(site.kept)
         assert kept
         assert all(len(choices) == 1 for choices in kept.values()), kept
 
@@ -440,7 +452,7 @@ def test_gate_gradients_match_finite_differences(class_name):
     model = tiny(class_name, **SMOOTH.get(FAMILY_OF[class_name], {}))
     batch = tiny_batch(model, batch=4, padded="QuestionAnswering" not in class_name)
     sites = describe(model).sites
-    units = {site.key: site.heads or site.columns for site in sites}
+    units = {site.key: site.sizes[site.inner.name] for site in sites}
     found = gradients(model, sites, units, draw(model, [batch, batch], 8, 0)[0]).gates
     double = copy.deepcopy(model).double()
     in_fp32 = any(type(m).__name__.endswith(("RMSNorm", "T5LayerNorm")) for m in model.modules())
@@ -682,8 +694,6 @@ SILENT_AWAY = {  # class -> (embedding, what opens a neuron, consumer), by path 
 @pytest.mark.parametrize("class_name", list(SILENT_AWAY))
 def test_a_guard_refuses_a_repair_that_only_helps_at_home(class_name):
     """The cut neurons are silent on the guard's words: there the plain cut is exact, and a refit can only harm."""
-    from hf_prune.plan import PruningPlan, SitePlan
-
     model = tiny(class_name, num_hidden_layers=1)
     (embedding, opens), path = map(model.get_submodule, SILENT_AWAY[class_name][:2]), SILENT_AWAY[class_name][-1]
     gone = range(24, 48)
@@ -693,9 +703,7 @@ def test_a_guard_refuses_a_repair_that_only_helps_at_home(class_name):
     plan = PruningPlan(
         model.config.model_type,
         tuple(
-            SitePlan(*site.key, "head", site.heads, range(site.heads))
-            if site.is_attention
-            else SitePlan(*site.key, "neuron", site.columns, [i for i in range(site.columns) if i not in gone])
+            keep(site) if site.inner.mixes else keep(site, [i for i in range(48) if i not in gone])
             for site in describe(model).sites
         ),
     )

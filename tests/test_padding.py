@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import cut, cut_everywhere, distance, outputs, tiny_batch, tiny_model
+from tiny import cut, cut_everywhere, distance, layers_of, outputs, tiny_batch, tiny_model
 from transformers.models.auto import modeling_auto
 
-from hf_prune import PruningConfig, describe, layerwise, prune
-from hf_prune.model.anatomy import quiet
+from hf_prune import PruningConfig, describe, prune
+from hf_prune.model import layerwise
 from hf_prune.model.batches import draw, forward_inputs, token_mask
-from hf_prune.score.statistics import masked, rows_of
-from hf_prune.oneshot import _layers, analyze
+from hf_prune.model.mask import masked
+from hf_prune.model.weights import quiet
+from hf_prune.oneshot import analyze
+from hf_prune.score.statistics import rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
 FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
@@ -77,7 +79,7 @@ def test_both_sides_give_the_same_plan_and_weights(family, class_name, criterion
     dense = tiny_model(family, class_name)
     models = [tiny_model(family, class_name) for _ in range(2)]
     right, other = (prune(model, data, config) for model, data in zip(models, both_sides(dense), strict=True))
-    assert other.plan.sites == right.plan.sites
+    assert other.plan.kept == right.plan.kept
     assert any(repair["accepted"] for repair in right.report["repairs"])
     for (name, found), wanted in zip(models[1].state_dict().items(), models[0].state_dict().values(), strict=True):
         assert_close(found, wanted, 1e-2, name)
@@ -132,7 +134,7 @@ def test_streams_behind_left_padding_end_where_the_model_does(family, class_name
     """Layer by layer, each real token has the hidden state that it has on the right."""
     model = tiny_model(family, class_name)
     anatomy = describe(model)
-    layers = _layers(model, anatomy, "decoder")
+    layers = layers_of(model, anatomy, "decoder")
     ends = []
     for data in both_sides(model):
         batches = draw(model, data[:1], samples=16, seed=0)

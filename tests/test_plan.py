@@ -10,17 +10,17 @@ import pytest
 from tiny import changed, cut_everywhere, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune
-from hf_prune.plan import SitePlan
+from hf_prune.plan import Kept
 
 KEY = ("decoder", 0, "attention")
 
 
-def site(kept, of=8, unit="head", key=KEY):
-    return SitePlan(*key, unit, of, tuple(kept))
+def site(kept, of=8, axis="heads", where=KEY):
+    return Kept(where, axis, of, tuple(kept))
 
 
-def plan(*sites, **more):
-    return PruningPlan("llama", sites, **more)
+def plan(*kept, **more):
+    return PruningPlan("llama", kept, **more)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -42,15 +42,15 @@ def test_config_and_cost_travel_along():
 
 def test_json_is_the_documented_format():
     data = json.loads(plan(site([0, 2])).to_json())
-    entry = {"stack": "decoder", "layer": 0, "kind": "attention", "unit": "head", "of": 8, "kept": [0, 2]}
-    assert data == {"format": 1, "model_type": "llama", "sites": [entry], "config": {}, "cost": {}}
+    entry = {"where": ["decoder", 0, "attention"], "axis": "heads", "of": 8, "kept": [0, 2]}
+    assert data == {"format": 2, "model_type": "llama", "kept": [entry], "config": {}, "cost": {}}
 
 
 def test_hash_is_of_the_decision_alone():
-    sites = [site([0, 1], key=("decoder", layer, "attention")) for layer in range(12)]
+    sites = [site([0, 1], where=("decoder", layer, "attention")) for layer in range(12)]
     shuffled = random.Random(0).sample(sites, len(sites))
     assert plan(*sites).hash == plan(*shuffled).hash == plan(*sites, config={"keep": 0.5}, cost={"keep": 1}).hash
-    assert plan(*sites).hash != plan(*sites[:-1], site([0, 2], key=sites[-1].key)).hash
+    assert plan(*sites).hash != plan(*sites[:-1], site([0, 2], where=sites[-1].where)).hash
     assert len(plan(*sites).hash) == 64
 
 
@@ -59,25 +59,25 @@ def test_compose_is_indexing_twice():
     for _ in range(50):
         first = sorted(rng.sample(range(20), rng.randint(1, 20)))
         second = sorted(rng.sample(range(len(first)), rng.randint(1, len(first))))
-        both = plan(site(first, of=20, unit="neuron")).compose(plan(site(second, of=len(first), unit="neuron")))
-        assert both[KEY] == site([first[i] for i in second], of=20, unit="neuron")
+        both = plan(site(first, of=20, axis="neurons")).compose(plan(site(second, of=len(first), axis="neurons")))
+        assert both[KEY] == site([first[i] for i in second], of=20, axis="neurons")
 
 
 def test_compose_groups_then_heads():
     """8 heads in 4 groups: keep groups 1 and 3 (heads 2, 3, 6, 7), then heads 0 and 2 of those."""
-    both = plan(site([1, 3], of=4, unit="kv_group")).compose(plan(site([0, 2], of=4)))
+    both = plan(site([1, 3], of=4, axis="kv_groups")).compose(plan(site([0, 2], of=4)))
     assert both[KEY] == site([2, 6], of=8)
 
 
 def test_compose_heads_then_groups():
     """8 heads in 4 groups: keep one head a group, then groups 0 and 3."""
-    both = plan(site([0, 3, 5, 6])).compose(plan(site([0, 3], of=4, unit="kv_group")))
+    both = plan(site([0, 3, 5, 6])).compose(plan(site([0, 3], of=4, axis="kv_groups")))
     assert both[KEY] == site([0, 6])
 
 
 def test_compose_keeps_sites_that_the_second_plan_leaves_out():
-    other = site([1], key=("decoder", 1, "attention"))
-    assert plan(site([0, 1]), other).compose(plan(site([1], of=2)))[other.key] == other
+    other = site([1], where=("decoder", 1, "attention"))
+    assert plan(site([0, 1]), other).compose(plan(site([1], of=2)))[other.where] == other
 
 
 def test_compose_refuses_a_plan_for_other_sizes():
@@ -86,7 +86,7 @@ def test_compose_refuses_a_plan_for_other_sizes():
 
 
 def test_diff():
-    same = site([0], key=("decoder", 1, "attention"))
+    same = site([0], where=("decoder", 1, "attention"))
     a, b = plan(site([0, 1, 2]), same), plan(site([1, 2, 3]), same)
     assert list(a.diff(b)) == [(KEY, (0,), (3,))]
     assert list(a.diff(a)) == []
@@ -105,7 +105,7 @@ def test_frozen():
 
 
 def test_summary_names_counts_per_stack_and_kind():
-    text = plan(site([0, 1]), site([0], key=("decoder", 1, "attention"))).summary()
+    text = plan(site([0, 1]), site([0], where=("decoder", 1, "attention"))).summary()
     assert text == "decoder attention: 2, 1 of 8 heads in 2 layers"
 
 
@@ -116,13 +116,31 @@ def test_bad_indices(kept):
 
 
 def test_nothing_kept():
-    with pytest.raises(ValueError, match="keep at least one head"):
+    with pytest.raises(ValueError, match="keep at least one of the heads"):
         site([])
 
 
-def test_unknown_unit():
-    with pytest.raises(ValueError, match="'expert' is not one of head, kv_group, neuron"):
-        site([0], unit="expert")
+@pytest.mark.parametrize("axis", [None, 3, "", ["heads"]], ids=repr)
+def test_an_axis_is_a_word(axis):
+    with pytest.raises(ValueError, match="an axis is a word"):
+        site([0], axis=axis)
+
+
+@pytest.mark.parametrize("of", [None, "8", 8.0, True, -8], ids=repr)
+def test_a_number_of_units_is_a_whole_number(of):
+    with pytest.raises(ValueError, match="`of` a whole number"):
+        site([0], of=of)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [None, 3, ["decoder", 0], ["decoder", 0, "ffn", 1], ["decoder", "0", "ffn"], ["decoder", -1, "ffn"],
+     ["decoder", True, "ffn"], [0, 0, "ffn"], {"decoder": 0}],
+    ids=repr,
+)  # fmt: skip
+def test_a_place_is_of_a_site_of_layers_or_of_the_vocabulary(where):
+    with pytest.raises(ValueError, match="is no place"):
+        site([0], where=where)
 
 
 def test_a_site_twice():
@@ -131,42 +149,54 @@ def test_a_site_twice():
 
 
 def test_a_newer_format():
-    data = {**plan(site([0])).to_dict(), "format": 2}
-    with pytest.raises(ValueError, match="format 2 is not 1"):
+    data = {**plan(site([0])).to_dict(), "format": 3}
+    with pytest.raises(ValueError, match="format 3 is not 1 or 2"):
         PruningPlan.from_dict(data)
 
 
 def test_check():
     made = plan(site([0]))
-    made.check("llama", {KEY: {"head": 8}})
+    made.check("llama", {KEY: {"heads": 8}})
     with pytest.raises(ValueError, match=r"'llama', the model is 'bert'"):
-        made.check("bert", {KEY: {"head": 8}})
+        made.check("bert", {KEY: {"heads": 8}})
     with pytest.raises(ValueError, match=f"{made.hash[:12]}.*plan 8 heads, model 6"):
-        made.check("llama", {KEY: {"head": 6}})
-    with pytest.raises(ValueError, match="no such site"):
+        made.check("llama", {KEY: {"heads": 6}})
+    with pytest.raises(ValueError, match="plan 8 heads, model none there"):
         made.check("llama", {})
     with pytest.raises(ValueError, match="not in the plan"):
-        made.check("llama", {KEY: {"head": 8}, ("decoder", 1, "ffn"): {"neuron": 4}})
+        made.check("llama", {KEY: {"heads": 8}, ("decoder", 1, "ffn"): {"neurons": 4}})
 
 
 # --- edited plans ----------------------------------------------------------------------------------------------------
 
 NAN = float("nan")
-IN_A_SITE = {
-    "stack": [None, 3, "", [], "encoder"],
-    "layer": ["0", 0.0, -1, True, None, 2, 10**30, NAN],
-    "kind": [None, 3, "x", "cross_attention", []],
-    "unit": [None, 3, "heads", "neuron", ["head"]],
-    "of": [None, "4", 4.0, True, -4, 0, 3, 10**30, NAN],
-    "kept": [
-        None, 3, "012", [], [0.0], [True, False], ["0"], [None], [[0]], {"0": 1}, NAN, [NAN], [3, 0], [0, 0],
-        [-1], [4], [10**30], [0, 1, 2],
-    ],
+IN_A_PLACE = {
+    0: [None, 3, "", [], "encoder"],
+    1: ["0", 0.0, -1, True, None, 2, 10**30, NAN],
+    2: [None, 3, "x", "cross_attention", []],
 }  # fmt: skip
-IN_A_PLAN = {
-    "format": [None, 0, 2, "1", [], NAN],
+OF = [None, "4", 4.0, True, -4, 0, 3, 10**30, NAN]
+UNITS = [
+    None, 3, "012", [], [0.0], [True, False], ["0"], [None], [[0]], {"0": 1}, NAN, [NAN], [3, 0], [0, 0], [-1], [4],
+    [10**30], [0, 1, 2],
+]  # fmt: skip
+KEPT = {
+    "where": [None, 3, "", "decoder", [], [[]], ["decoder"], ["decoder", 0], {}, NAN],
+    "axis": [None, 3, "head", "neurons", "kv_groups", ["heads"]],
+    "of": OF,
+    "kept": UNITS,
+}  # fmt: skip
+SITE_OF_FORMAT_1 = {
+    "stack": IN_A_PLACE[0],
+    "layer": IN_A_PLACE[1],
+    "kind": IN_A_PLACE[2],
+    "unit": [None, 3, "heads", "neuron", ["head"]],
+    "of": OF,
+    "kept": UNITS,
+}  # fmt: skip
+PLACES = [None, 3, {}, "x", [], [None], [1], ["a"], [[]]]
+PLAN = {
     "model_type": [None, 3, "", "bert", ["llama"]],
-    "sites": [None, 3, {}, "x", [], [None], [1], ["a"], [[]]],
     "config": [None, 3, "x", [], {"keep": "a"}, {"keep": NAN}, {"criterion": 3}, {"repair": "bias"}, {"rounds": 2.5},
                {"x": {1}}],
     "cost": [None, 3, "x", [], {"x": {1}}, {"x": object()}],
@@ -181,10 +211,30 @@ def edited(data, path, value):
     return data
 
 
+def values_at(table, *path):
+    return [((*path, name), value) for name, values in table.items() for value in values]
+
+
 EDITS = [
-    *((("sites", 0, name), value) for name, values in IN_A_SITE.items() for value in values),
-    *(((name,), value) for name, values in IN_A_PLAN.items() for value in values),
+    *values_at(KEPT, "kept", 0), *values_at(IN_A_PLACE, "kept", 0, "where"),
+    *values_at({**PLAN, "format": [None, 0, 1, 3, "2", [], NAN], "kept": PLACES}),
+]  # fmt: skip
+EDITS_OF_FORMAT_1 = [
+    *values_at(SITE_OF_FORMAT_1, "sites", 0),
+    *values_at({**PLAN, "format": [None, 0, 2, 3, "1", [], NAN], "sites": PLACES}),
 ]
+
+
+def as_format_1(made):
+    """The mapping that hf_prune wrote for a plan before it had axes."""
+    words = {"heads": "head", "kv_groups": "kv_group", "neurons": "neuron"}
+    sites = [
+        dict(zip(("stack", "layer", "kind"), kept.where, strict=True))
+        | {"unit": words[kept.axis], "of": kept.of, "kept": list(kept.kept)}
+        for kept in made.kept
+    ]
+    rest = {"config": dict(made.config), "cost": dict(made.cost)}
+    return {"format": 1, "model_type": made.model_type, "sites": sites, **rest}
 
 
 @pytest.fixture(scope="module")
@@ -208,44 +258,69 @@ def test_an_edited_value_is_refused_before_anything_changes(llama, path, value):
     refused(llama, edited(cut_everywhere(describe(llama)).to_dict(), path, value))
 
 
+@pytest.mark.parametrize(("path", "value"), EDITS_OF_FORMAT_1, ids=lambda value: f"{value!r:.24}")
+def test_an_edited_value_of_format_1_is_refused_too(llama, path, value):
+    refused(llama, edited(as_format_1(cut_everywhere(describe(llama))), path, value))
+
+
+WRITERS = {"kept": PruningPlan.to_dict, "sites": as_format_1}  # name of the list -> what writes it
+writers = pytest.mark.parametrize("name", list(WRITERS))
+
+
 @pytest.mark.parametrize(
     "edit",
     [
-        *(lambda data, name=name: data.pop(name) for name in ("format", "model_type", "sites")),
-        *(
-            lambda data, name=name: data["sites"][1].pop(name)
-            for name in ("stack", "layer", "kind", "unit", "of", "kept")
-        ),
-        lambda data: data["sites"].pop(),
-        lambda data: data["sites"].append(data["sites"][0]),
-        lambda data: data["sites"].append({**data["sites"][0], "layer": 9}),
-        lambda data: data["sites"][0].update(unit="head", of=4, kept=[0, 1, 2]),
-        lambda data: data["sites"].sort(key=str) or data["sites"].insert(0, data["sites"].copy()),
+        lambda data, places: places.pop(),
+        lambda data, places: places.append(places[0]),
+        lambda data, places: places.sort(key=str) or places.insert(0, places.copy()),
+        *(lambda data, places, key=key: data.pop(key) for key in ("format", "model_type", "kept")),
+        *(lambda data, places, key=key: places[1].pop(key) for key in ("where", "axis", "of", "kept")),
+        lambda data, places: places.append({**places[0], "where": ["decoder", 9, "attention"]}),
+        lambda data, places: places[0].update(axis="heads", of=4, kept=[0, 1, 2]),
     ],
 )
 def test_what_is_missing_twice_or_uneven_is_refused(llama, edit):
     data = cut_everywhere(describe(llama)).to_dict()
-    edit(data)
+    edit(data, data["kept"])
     refused(llama, data)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data, sites: sites.pop(),
+        lambda data, sites: sites.append(sites[0]),
+        lambda data, sites: sites.sort(key=str) or sites.insert(0, sites.copy()),
+        *(lambda data, sites, key=key: data.pop(key) for key in ("format", "model_type", "sites")),
+        *(lambda data, sites, key=key: sites[1].pop(key) for key in ("stack", "layer", "kind", "unit", "of", "kept")),
+        lambda data, sites: sites.append({**sites[0], "layer": 9}),
+        lambda data, sites: sites[0].update(unit="head", of=4, kept=[0, 1, 2]),
+    ],
+)
+def test_what_is_missing_twice_or_uneven_in_format_1_is_refused(llama, edit):
+    data = as_format_1(cut_everywhere(describe(llama)))
+    edit(data, data["sites"])
+    refused(llama, data)
+
+
+@writers
 @pytest.mark.parametrize("edit", [
-    lambda data: data.update(note="mine"),
-    lambda data: data["sites"][0].update(note="mine"),
-    lambda data: data["sites"].reverse(),
-    lambda data: data.pop("config") and None,
-    lambda data: data.update(cost={"metric": 3, "before": None, "keep": "x"}),
-    lambda data: data["sites"][1].update(kept=[47]),
+    lambda data, places: data.update(note="mine"),
+    lambda data, places: places[0].update(note="mine"),
+    lambda data, places: places.reverse(),
+    lambda data, places: data.pop("config") and None,
+    lambda data, places: data.update(cost={"metric": 3, "before": None, "keep": "x"}),
+    lambda data, places: places[1].update(kept=[47]),
 ])  # fmt: skip
-def test_what_does_not_touch_the_decision_is_a_right_result(edit):
+def test_what_does_not_touch_the_decision_is_a_right_result(name, edit):
     model = tiny("LlamaForCausalLM")
-    data = cut_everywhere(describe(model)).to_dict()
-    edit(data)
+    data = WRITERS[name](cut_everywhere(describe(model)))
+    edit(data, data[name])
     plan = PruningPlan.from_dict(data)
     assert PruningPlan.from_json(plan.to_json()) == plan
     prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan)
     sizes = describe(model).sizes
-    assert {site.key: sizes[site.key][site.unit] for site in plan.sites} == {s.key: len(s.kept) for s in plan.sites}
+    assert {kept.where: sizes[kept.where][kept.axis] for kept in plan.kept} == {k.where: len(k.kept) for k in plan.kept}
 
 
 @pytest.mark.parametrize("data", [None, 3, "x", [], {}, True], ids=repr)
@@ -270,9 +345,9 @@ def test_two_plans_of_different_models_do_not_compose():
     with pytest.raises(ValueError, match=r"a bert's, the first a llama's"):
         first.compose(PruningPlan("bert", (site([0], of=2),)))
     with pytest.raises(ValueError, match=r"has no \('decoder', 7"):
-        first.compose(plan(site([0], of=2, key=("decoder", 7, "attention"))))
+        first.compose(plan(site([0], of=2, where=("decoder", 7, "attention"))))
     with pytest.raises(ValueError, match=r"made for 2 neurons, the first keeps 2 heads"):
-        first.compose(plan(site([0], of=2, unit="neuron")))
+        first.compose(plan(site([0], of=2, axis="neurons")))
 
 
 @pytest.mark.parametrize(
@@ -300,11 +375,11 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_a_site_that_is_not_there_is_named():
-    with pytest.raises(KeyError, match=r"no site .*'ffn'.*it has .*attention"):
+    with pytest.raises(KeyError, match=r"no place .*'ffn'.*it has .*attention"):
         plan(site([0]))["decoder", 0, "ffn"]
 
 
 @pytest.mark.parametrize("sites", [3, None, [{}], ["a"], "ab"], ids=repr)
 def test_a_plan_is_built_from_sites(sites):
-    with pytest.raises(ValueError, match="A plan's"):
+    with pytest.raises(ValueError, match=r"A plan's 'kept'|A plan holds Kept"):
         PruningPlan("llama", sites)

@@ -134,7 +134,7 @@ def test_edited_plans(edits: Any) -> None:
         prune(model, [tiny_batch(model)], plan=plan)
     if not errors:
         sizes = describe(model).sizes
-        assert all(sizes[site.key][site.unit] == len(site.kept) for site in plan.sites)
+        assert all(sizes[kept.where][kept.axis] == len(kept.kept) for kept in plan.kept)
         right(model)
 
 

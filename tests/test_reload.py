@@ -205,7 +205,7 @@ def test_plan_and_summary_lie_beside_the_weights(tmp_path):
     plan = PruningPlan.load(tmp_path / "m/pruning_plan.json")
     assert plan.hash == model._hf_prune.plan.hash
     entry = json.loads((tmp_path / "m/config.json").read_text())["hf_prune"]
-    assert entry["format"] == 1
+    assert entry["format"] == 2
     assert entry["plan"] == plan.hash
     assert {"version", "base_model", "criterion", "before", "after", "dense"} <= set(entry)
 
@@ -230,16 +230,12 @@ def test_pipelines_open_the_directory(tmp_path, shapes, task, class_name):
 
 def test_llama_with_odd_head_count_opens_as_mistral(tmp_path):
     """3 of 8 heads do not divide hidden 32, which the Llama config demands; the same weights are a stock Mistral."""
-    from tiny import cut, tiny
+    from tiny import cut, keep, tiny
 
     from hf_prune import describe
-    from hf_prune.plan import SitePlan
 
     model = tiny("LlamaForCausalLM", num_attention_heads=8, num_key_value_heads=8)
-    sites = [
-        SitePlan(*s.key, "head", 8, (0, 3, 6)) if s.is_attention else SitePlan(*s.key, "neuron", 48, range(0, 48, 2))
-        for s in describe(model).sites
-    ]
+    sites = [keep(s, (0, 3, 6) if s.inner.mixes else range(0, 48, 2)) for s in describe(model).sites]
     cut(model, PruningPlan("llama", tuple(sites)))
     before = model.config.to_dict()
     save_pretrained(model, tmp_path / "mistral", model_type="mistral")

@@ -6,18 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILY_NAMES, cut_everywhere, tiny_batch, tiny_model
+from tiny import FAMILY_NAMES, by_layer, cut_everywhere, layers_of, tiny_batch, tiny_model
 
 from hf_prune import describe
-
 from hf_prune.model import layerwise
-from hf_prune.model.anatomy import quiet
 from hf_prune.model.batches import draw, forward_inputs, token_mask
-from hf_prune.score.statistics import rows_of
-from hf_prune.oneshot import _by_layer, _layers
+from hf_prune.model.sites import readers
+from hf_prune.model.weights import quiet
 from hf_prune.plan import PruningPlan
 from hf_prune.repair.walk import StackRepair
-from hf_prune.model.sites import readers
+from hf_prune.score.statistics import rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens:UserWarning")
 
@@ -27,9 +25,9 @@ POST_NORM = ("bert", "roberta", "electra", "distilbert", "bart")
 
 def only(plan: PruningPlan, what: str) -> PruningPlan:
     """The plan with all but the sites of one sort left whole."""
-    keeps = {"heads": lambda site: site.unit == "neuron", "neurons": lambda site: site.unit != "neuron"}.get(what)
-    whole = [replace(s, kept=tuple(range(s.of))) if keeps and keeps(s) else s for s in plan.sites]
-    return replace(plan, sites=tuple(whole))
+    keeps = {"heads": lambda site: site.axis == "neurons", "neurons": lambda site: site.axis != "neurons"}.get(what)
+    whole = [replace(s, kept=tuple(range(s.of))) if keeps and keeps(s) else s for s in plan.kept]
+    return replace(plan, kept=tuple(whole))
 
 
 def final_states(model, layers, inputs) -> list[torch.Tensor]:
@@ -49,14 +47,14 @@ def test_both_streams_end_where_the_models_do(family: str, what: str) -> None:
     stack = anatomy.sites[0].stack
     batches = draw(model, [tiny_batch(model, batch=10)], samples=10, seed=0)
     inputs = [forward_inputs(model, batch) for batch in batches]
-    layers = _layers(model, anatomy, stack)
+    layers = layers_of(model, anatomy, stack)
     with quiet(model), torch.no_grad():
         before = final_states(model, layers, inputs)
         dense = layerwise.capture(model, layers, inputs)
         masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
         offset = anatomy.family.norm_offset
         work = StackRepair(plan, "least_squares", dense, dense.copy(), masks, held_out, offset)
-        work.run_(layers, _by_layer(anatomy, stack))
+        work.run_(layers, by_layer(anatomy, stack))
         after = final_states(model, layers, inputs)
     for found, wanted in ((work.dense.states, before), (work.pruned.states, after)):
         for a, b in zip(found, wanted, strict=True):
@@ -72,8 +70,8 @@ def test_what_a_sublayer_reads_is_set_right(family: str) -> None:
     anatomy = describe(model)
     stack = anatomy.sites[-1].stack
     batches = draw(model, [tiny_batch(model, batch=64, seed=seed) for seed in range(4)], samples=256, seed=0)
-    layers = _layers(model, anatomy, stack)
-    sites = [site for site in _by_layer(anatomy, stack)[0] if site.active]
+    layers = layers_of(model, anatomy, stack)
+    sites = [site for site in by_layer(anatomy, stack)[0] if site.active]
     with quiet(model), torch.no_grad():
         dense = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
         mixed = dense.copy()
@@ -92,11 +90,11 @@ def test_what_a_sublayer_reads_is_set_right(family: str) -> None:
                 ]
             )
 
-        wanted = {path: made(dense, path) for site in sites for path in readers(layers[0], site)}
+        wanted = {path: made(dense, path) for site in sites for path in readers(site)}
         reads, _ = work._advance_dense(0, layers[0], sites)
         dense.states = []  # was advanced
         for site in sites:
-            before = {path: (made(mixed, path) - wanted[path]).square().mean() for path in readers(layers[0], site)}
+            before = {path: (made(mixed, path) - wanted[path]).square().mean() for path in readers(site)}
             others = {name: value.clone() for name, value in layers[0].state_dict().items()}
             assert work._realign_(0, layers[0], site, reads[site.kind])
             for path, error in before.items():
@@ -115,7 +113,7 @@ def test_the_last_target_of_a_layer_is_what_the_layer_gives(family: str, changes
     anatomy = describe(model)
     stack = anatomy.sites[0].stack
     batches = draw(model, [tiny_batch(model, batch=10, padded=False)], samples=10, seed=0)
-    layers, here = _layers(model, anatomy, stack), _by_layer(anatomy, stack)[0]
+    layers, here = layers_of(model, anatomy, stack), by_layer(anatomy, stack)[0]
     with quiet(model), torch.no_grad():
         dense = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
         masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from hf_prune import (
     describe,
     prune,
 )
-from hf_prune.decide.costs import dense_counts, report
+from hf_prune.decide.costs import report
 from hf_prune.train.resume import complete_checkpoints
 from hf_prune.train.rounds import STATE_FILE
 
@@ -51,7 +52,7 @@ STEPS = {"save_strategy": "steps", "save_steps": 3}
 
 def cost(model, length=12):
     anatomy = describe(model)
-    return report(anatomy, dense_counts(anatomy), length)["macs_model"]
+    return report(anatomy, anatomy.sizes, length)["macs_model"]
 
 
 class Watcher(TrainerCallback):
@@ -98,6 +99,22 @@ def test_the_loss_of_a_run_is_that_of_its_steps(tmp_path):
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert len(losses) == 16
     assert output.training_loss == pytest.approx(sum(losses) / 16, rel=1e-5)
+
+
+def test_layers_go_in_rounds_too(tmp_path):
+    """What stays of them trains, and a resumed run ends with the same weights."""
+    given = {"pruning": {"rounds": 2, "keep": 0.5, "units": ["neurons", "layers"], "shapes": "stock"}}
+    model = partial(tiny, "BertForSequenceClassification", num_hidden_layers=4)
+    run = trainer(tmp_path, model=model(), args={**STEPS, "max_steps": 4, "save_steps": 1}, **given)
+    before = cost(run.model)
+    run.train()
+    assert run.model.config.num_hidden_layers < 4
+    assert 0.4 * before < cost(run.model) <= 0.5 * before
+    assert [name for name, weight in run.model.named_parameters() if not weight.requires_grad] == []
+    again = trainer(tmp_path, model=model(), args={**STEPS, "max_steps": 4, "save_steps": 1}, **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    weights = run.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
 
 
 def test_every_weight_learns_in_every_round(tmp_path):
@@ -346,7 +363,7 @@ def test_a_save_into_the_output_directory_keeps_the_checkpoints(tmp_path):
 def test_a_save_that_does_not_reload_is_not_left(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     run.train()
-    monkeypatch.setattr("hf_prune.train.saving.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
+    monkeypatch.setattr("hf_prune.train.saver.prove", lambda *_: (_ for _ in ()).throw(RuntimeError("other outputs")))
     with pytest.raises(RuntimeError, match="other outputs"):
         run.save_model(str(tmp_path / "small"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

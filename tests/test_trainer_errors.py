@@ -296,7 +296,8 @@ def test_rounds_that_do_not_fit(tmp_path, pruning, steps):
     ("pruning", "message"),
     [
         ({"keep": 0.01}, "keep=0.01 of the macs .*cannot be reached"),
-        ({"units": ["heads"], "shapes": "stock"}, "cannot say another head count"),
+        ({"units": ["heads"], "shapes": "stock"}, "cannot say another number of heads"),
+        ({"units": ["neurons", "tokens"]}, r"no tokens here.*Shorten the vocabulary with prune\(\) first"),
         ({"repair": "bias"}, None),
     ],
 )
@@ -313,6 +314,10 @@ def test_cuts_that_cannot_be_made(tmp_path, pruning, message):
     [
         ({"pruning": {"keep": 0.5}}, "takes a PruningConfig, got dict"),
         ({"pruning": "magnitude"}, "takes a PruningConfig, got str"),
+        (
+            {"pruning": config(units=["neurons", "layers"])},
+            "no layers here, since PruningCallback masks heads and neur",
+        ),
         ({"pruning": None}, "takes a PruningConfig, got NoneType"),
         ({"begin": "0.1"}, "begin='0.1'"),
         ({"begin": None}, "begin=None"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def quick(run, monkeypatch):
     """Without the card, whose pictures take their time."""
-    monkeypatch.setattr(run, "_write_card", lambda directory: None)
+    monkeypatch.setattr(run._saver.card, "write", lambda *_: None)
     return run
 
 
@@ -111,13 +112,21 @@ def test_a_save_that_fails_leaves_the_earlier_one(quick, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("hf_prune.train.saving.prove", "hf_prune.train.saving.carry", "hf_prune.checkpoint.directory._put"):
+    for name in ("hf_prune.train.saver.prove", "hf_prune.train.saver.carry", "hf_prune.checkpoint.directory._put"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(OSError, match="No space left"):
                 quick.save_model(str(home))
         assert {path.name: path.read_bytes() for path in home.iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_card_that_cannot_be_written_loses_no_weights(run, tmp_path, monkeypatch):
+    """Not even where the modules that write it are not there."""
+    monkeypatch.setitem(sys.modules, "hf_prune.report.card", None)
+    with pytest.warns(UserWarning, match=r"small is saved, but not its card .*see `hf-prune card`"):
+        run.save_model(str(tmp_path / "small"))
+    assert hf_prune.verify(tmp_path / "small") < 1e-6
 
 
 def test_a_name_that_begins_like_a_checkpoint_s_is_proven_too(quick, tmp_path):

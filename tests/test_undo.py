@@ -10,16 +10,18 @@ import torch
 from tiny import CLASSES, changed, cut_everywhere, distance, outputs, snapshot, tiny, tiny_batch
 from torch import nn
 
-from hf_prune import PruningConfig, describe, oneshot, prune, sequential, surgery
+from hf_prune import PruningConfig, describe, execute, oneshot, prune
 from hf_prune.checkpoint import layout
+from hf_prune.model import cut as cutting
 from hf_prune.model.undo import undone_on_error
+from hf_prune.repair import walk
 
 MODELS = [CLASSES[family][0] for family in ("bert", "gpt2", "llama", "t5", "phi3", "bart")]
 STAGES = {  # what a cut is made of: module, name
-    "a new weight": (surgery, "put_"),
-    "a refitted weight": (sequential, "set_matrix_"),
-    "the units of a site, in the repair": (sequential, "cut_"),
-    "the units of a site": (oneshot, "cut_"),
+    "a new weight": (cutting, "put_"),
+    "a refitted weight": (walk, "set_matrix_"),
+    "the units of a site, in the repair": (walk, "cut_"),
+    "the units of a site": (execute, "cut_"),
     "the config": (oneshot, "write_"),
     "one of its copies": (layout, "_write_config_"),
     "its form": (layout, "_form"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -129,29 +129,42 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
     return inputs
 
 
-def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
-    """A plan that removes something at every site; coupled sites alike."""
-    from hf_prune.plan import PruningPlan, SitePlan
+def keep(site: Any, units: Iterable[int] | None = None, axis: str = "") -> Any:
+    """What a plan keeps of a site: these units of an axis, by default all of the inner one."""
+    from hf_prune.plan import Kept
 
-    sites = []
-    for site in anatomy.sites:
-        shift = 0 if uniform or anatomy.family.coupled_heads else site.layer
-        if not site.is_attention:
-            kept = [i for i in range(site.columns) if i % 3 != 1][
-                : site.columns // 2 + (0 if uniform else 3 * site.layer)
-            ]
-            sites.append(SitePlan(site.stack, site.layer, site.kind, "neuron", site.columns, tuple(kept)))
-        elif site.kv_heads < site.heads:
-            share = site.heads // site.kv_heads
-            if shift:  # whole groups in the odd layers, one head of each group in the even ones
-                sites.append(SitePlan(site.stack, site.layer, site.kind, "kv_group", site.kv_heads, (1,)))
-            else:
-                kept = [g * share + g % share for g in range(site.kv_heads)]
-                sites.append(SitePlan(site.stack, site.layer, site.kind, "head", site.heads, tuple(kept)))
-        else:
-            kept = (0, 2, 3) if not shift else (1, 2)
-            sites.append(SitePlan(site.stack, site.layer, site.kind, "head", site.heads, kept))
-    return PruningPlan(anatomy.model_type, tuple(sites))
+    of = site.sizes[axis or site.inner.name]
+    return Kept(site.key, axis or site.inner.name, of, tuple(range(of) if units is None else units))
+
+
+def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
+    """A plan that removes something at every site; tied sites alike."""
+    from hf_prune.plan import PruningPlan
+
+    shifts = [0 if uniform or site.inner.tied else site.layer for site in anatomy.sites]
+    return PruningPlan(anatomy.model_type, tuple(map(_cut_somewhere, anatomy.sites, shifts)))
+
+
+def _cut_somewhere(site: Any, shift: int) -> Any:
+    units, groups = site.sizes[site.inner.name], site.sizes[site.outer.name]
+    if not site.inner.mixes:
+        return keep(site, [i for i in range(units) if i % 3 != 1][: units // 2 + 3 * shift])
+    if groups == units:
+        return keep(site, (1, 2) if shift else (0, 2, 3))
+    if shift:  # whole groups in the odd layers, one head of each group in the even ones
+        return keep(site, (1,), site.outer.name)
+    return keep(site, [group * site.share + group % site.share for group in range(groups)])
+
+
+def by_layer(anatomy: Any, stack: str) -> list[list[Any]]:
+    """The sites of a stack, layer by layer."""
+    here = [site for site in anatomy.sites if site.stack == stack]
+    return [[site for site in here if site.layer == layer] for layer in dict.fromkeys(site.layer for site in here)]
+
+
+def layers_of(model: Any, anatomy: Any, stack: str) -> list[Any]:
+    """The layers of a stack."""
+    return [model.get_submodule(sites[0].path) for sites in by_layer(anatomy, stack)]
 
 
 def tiny(class_name: str, **changes: Any) -> Any:
@@ -202,7 +215,8 @@ def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
 def within_reach(model: Any, config: Any) -> Any:
     """The same configuration, with `keep` halfway between all and the least that its units and shapes can reach."""
     from hf_prune import describe
-    from hf_prune.decide.allocate import default_align, reachable
+    from hf_prune.decide.allocate import reachable
+    from hf_prune.decide.units import default_align
 
     anatomy = describe(model)
     least = reachable(anatomy, config, config.align or default_align(anatomy, "cpu"))

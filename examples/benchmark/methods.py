@@ -13,7 +13,6 @@ from recovery import longer, masked, trained
 from tasks import Prepared, Task
 
 from hf_prune.config import PRESETS
-from hf_prune.oneshot import apply
 
 CLASSIFICATION = ("encoder", "imdb")
 ALL = (*CLASSIFICATION, "llm")
@@ -50,7 +49,7 @@ def hf_prune(**fields: Any) -> Callable[[Task], Prepared]:
         analysis = task.analysis(task.config(**fields))
         plan = functools.cache(analysis.plan)
         return Prepared(
-            cut=lambda model, keep: apply(model, analysis, plan(keep)).model,
+            cut=lambda model, keep: analysis.cut_(model, plan=plan(keep)).model,
             identity=lambda keep: f"{plan(keep).hash} {analysis.config.criterion} {analysis.config.repair}",
         )
 

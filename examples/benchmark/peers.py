@@ -19,15 +19,16 @@ import torch
 from tasks import Prepared, Task
 
 from hf_prune import describe
-from hf_prune.decide.allocate import default_align
-from hf_prune.model.anatomy import Anatomy, probe_inputs
+from hf_prune.decide.costs import cost_model
+from hf_prune.decide.units import default_align
+from hf_prune.model.anatomy import Anatomy
 from hf_prune.model.batches import Batch, forward_inputs
-from hf_prune.decide.costs import cost_model, dense_counts
+from hf_prune.model.probe import probe_inputs
+from hf_prune.model.sites import Counts, Site, module_of
 from hf_prune.score.losses import example_losses
-from hf_prune.model.sites import Site, ups
 
 TRACE_LENGTH = 7  # of no other dimension: Torch-Pruning reads axes off their sizes
-Left = Callable[[Site, float], tuple[int, int]]  # (site, ratio removed) -> heads or neurons left, KV heads left
+Left = Callable[[Site, float], Counts]  # (site, ratio removed) -> units left
 
 
 def ratio_for(task: Task, anatomy: Anatomy, keep: float, left: Left) -> float:
@@ -38,18 +39,18 @@ def ratio_for(task: Task, anatomy: Anatomy, keep: float, left: Left) -> float:
     """
     config = task.config()
     cost = cost_model(anatomy, config.metric, config.sequence_length, str(config.scope))
-    dense = cost.total(dense_counts(anatomy))
+    dense = cost.total(anatomy.sizes)
     for step in range(1, 1000):
-        counts = {site.key: left(site, step / 1000) for site in anatomy.sites}
-        if min(count for count, _ in counts.values()) < 1:
+        sizes = {site.key: left(site, step / 1000) for site in anatomy.sites}
+        if min(count for counts in sizes.values() for count in counts.values()) < 1:
             break
-        if cost.total(counts) <= keep * dense:
+        if cost.total({**anatomy.sizes, **sizes}) <= keep * dense:
             return step / 1000
     raise ValueError(f"keep={keep} of the {config.metric} is not reachable with one ratio for all layers")
 
 
 def check_counts(model: Any, anatomy: Anatomy, ratio: float, left: Left) -> None:
-    found = dense_counts(describe(model))
+    found = {site.key: site.sizes for site in describe(model).sites}
     wanted = {site.key: left(site, ratio) for site in anatomy.sites}
     if found != wanted:
         raise RuntimeError(f"ratio {ratio} left {found}, expected {wanted}")
@@ -96,13 +97,14 @@ def _rows(tensors: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, tor
     return {name: value[rows] for name, value in tensors.items()}
 
 
-def _tp_left(site: Site, ratio: float, align: int, heads_removed: int) -> tuple[int, int]:
+def _tp_left(site: Site, ratio: float, align: int, heads_removed: int) -> Counts:
     """What BasePruner keeps: of the channels `int` of the rest, then `round_to`; under GQA every KV head."""
-    if not site.is_attention:
+    if not site.inner.mixes:
         kept = int(site.columns * (1 - ratio))
-        return kept - kept % align, 0
-    heads = site.heads - heads_removed
-    return heads, heads if site.kv_heads == site.heads else site.kv_heads
+        return site.counts(kept - kept % align, 1)
+    heads = site.sizes[site.inner.name] - heads_removed
+    groups = heads if site.share == 1 else site.sizes[site.outer.name]
+    return site.counts(groups, heads // groups)
 
 
 def _tp_ratio(task: Task, anatomy: Anatomy, keep: float, align: int) -> tuple[float, int, Left]:
@@ -110,14 +112,15 @@ def _tp_ratio(task: Task, anatomy: Anatomy, keep: float, align: int) -> tuple[fl
 
     Strictly one ratio would overshoot `keep` by up to a whole head in every layer.
     """
-    attention = next(site for site in anatomy.sites if site.is_attention)
-    step = 1 if attention.kv_heads == attention.heads else attention.kv_heads  # GQA: one of each KV head's
+    attention = next(site for site in anatomy.sites if site.inner.mixes)
+    heads = attention.sizes[attention.inner.name]
+    step = 1 if attention.share == 1 else attention.sizes[attention.outer.name]  # GQA: one of each KV head's
     found: list[tuple[float, float, int, Left]] = []
-    for removed in range(0, attention.heads, step):
+    for removed in range(0, heads, step):
         left = partial(_tp_left, align=align, heads_removed=removed)
         with contextlib.suppress(ValueError):  # too few heads removed for this keep
             ratio = ratio_for(task, anatomy, keep, left)
-            found.append((abs(ratio - removed / attention.heads), ratio, removed, left))
+            found.append((abs(ratio - removed / heads), ratio, removed, left))
     if not found:
         raise ValueError(f"keep={keep} is not reachable with FFN neurons and heads at one ratio for all layers")
     return min(found, key=lambda pair: pair[0])[1:]
@@ -130,14 +133,15 @@ def _cut(tp: Any, task: Task, model: Any, importance: Any, keep: float) -> None:
     heads: dict[Any, int] = {}
     prunable: set[Any] = set()
     for site in anatomy.sites:
-        layer = model.get_submodule(site.path)
-        if site.is_attention:
-            q, k, v = (layer.get_submodule(path) for path in site.row.producers)
-            count = site.heads
-            heads |= {q: site.heads, k: site.kv_heads, v: site.kv_heads}
-            prunable |= {q, k, v}
-        else:
-            prunable |= {layer.get_submodule(path) for path in ups(layer, site.row)}
+        makers = {
+            model.get_submodule(f"{site.path}.{module_of(part.tensor)}"): site.sizes[part.axes[0]]
+            for part in site.parts
+            if part.role == "makes"
+        }
+        prunable |= {*makers}
+        if site.inner.mixes:
+            heads |= makers
+            count = site.sizes[site.inner.name]
     # The output projections, embeddings' users and heads all write or end the hidden width: ignored, it stays.
     ignored = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in prunable]
     attention = model.config._attn_implementation
@@ -164,26 +168,21 @@ def _cut(tp: Any, task: Task, model: Any, importance: Any, keep: float) -> None:
             ).step()
     finally:
         model.set_attn_implementation(attention)
-    _fix_attributes_(model, anatomy)
+    _fix_attributes_(model)
     check_counts(model, anatomy, ratio, left)
 
 
-def _fix_attributes_(model: Any, anatomy: Anatomy) -> None:
+def _fix_attributes_(model: Any) -> None:
     """Head counts that modules keep beside their weights; Torch-Pruning leaves them as they were.
 
     The config stays dense: no forward pass reads it, and from_pretrained could not open the result in any case (BERT
     derives the head size from it).
     """
-    for site in anatomy.sites:
-        if site.is_attention:
-            layer = model.get_submodule(site.path)
-            q, k, _ = (layer.get_submodule(path) for path in site.row.producers)
-            module = layer.get_submodule(site.row.module)
-            if hasattr(module, "num_key_value_groups"):  # Llama: repeats each KV head so often
-                module.num_key_value_groups = q.out_features // k.out_features
-            if hasattr(module, "num_attention_heads"):  # BERT: not read in forward, but said to be so
-                module.num_attention_heads = q.out_features // module.attention_head_size
-                module.all_head_size = q.out_features
+    for site in describe(model).sites:
+        for count in site.row.counts:
+            owner, _, name = f"{site.path}.{count.attribute}".rpartition(".")
+            value = {"units": site.sizes[count.axis], "columns": site.columns, "each": site.share}[count.of]
+            setattr(model.get_submodule(owner), name, value)
 
 
 # --- optipfair -------------------------------------------------------------------------------------------------------
@@ -220,8 +219,8 @@ def optipfair(selection: str, with_data: bool = False) -> Callable[[Task], Prepa
     return prepare
 
 
-def _optipfair_left(site: Site, ratio: float, align: int) -> tuple[int, int]:
-    if site.is_attention:
-        return site.heads, site.kv_heads
+def _optipfair_left(site: Site, ratio: float, align: int) -> Counts:
+    if site.inner.mixes:
+        return site.sizes
     kept = site.columns - int(100 * ratio / 100 * site.columns)
-    return (kept - kept % align if align in (32, 64, 128, 256) else kept), 0
+    return site.counts(kept - kept % align if align in (32, 64, 128, 256) else kept, 1)

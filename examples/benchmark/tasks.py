@@ -19,11 +19,10 @@ from smollm2 import perplexity, smollm2
 from texts import PROSE, austen, brown, calibration, evaluation
 
 from hf_prune import PruningConfig, describe
-from hf_prune.model.batches import Batch, draw
-from hf_prune.decide.costs import dense_counts
 from hf_prune.decide.costs import report as cost_report
 from hf_prune.demo.finetune import finetuned
 from hf_prune.demo.real import minilm_path, reviews, tokenized
+from hf_prune.model.batches import Batch, draw
 from hf_prune.oneshot import Analysis, analyze
 
 Shapes = tuple[tuple[int, int], ...]
@@ -96,7 +95,7 @@ class Task:
     def size(self, model: Any) -> dict[str, Any]:
         """What a model costs by hf_prune's own accounting, whoever pruned it."""
         anatomy = describe(model)
-        cost = cost_report(anatomy, dense_counts(anatomy), self.fields["sequence_length"])
+        cost = cost_report(anatomy, anatomy.sizes, self.fields["sequence_length"])
         tensors = list(model.parameters())
         return {**cost, "bytes": sum(p.numel() * p.element_size() for p in tensors)}
 

@@ -17,7 +17,7 @@ def as_model_type(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     """The same weights (shared, not copied) in the class of another stock family.
 
     Raises:
-        ValueError: this family has no such door, layers differ in size, or the model has biases the other lacks.
+        ValueError: not the other family of this one, layers of different sizes, or biases that the other lacks.
     """
     from transformers import AutoConfig
 

@@ -1,8 +1,8 @@
 """A directory that is replaced whole or not at all, whatever happens on the way.
 
-What is written lies first in a hidden workshop beside the target, `.hf_prune-<digest>/new`, which a lock on the
-workshop marks as somebody's. Target and new directory then change places in one step where the system can do that
-(Linux: renameat2), else in two; a workshop whose owner died in between is put right by the next save beside it.
+New content is written into a hidden directory beside the target, its workshop (`.hf_prune-<digest>/new`); a lock on the
+workshop shows that its owner is alive. Then target and new directory change places, in one step where the system can do
+that (Linux: renameat2), else in two. If the owner is killed in between, the next save beside it repairs that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing tells whether an owner lives, so nobody's workshop is ever cleared
+except ImportError:  # Windows: nothing tells whether an owner is alive, so workshops are never cleared
     fcntl = None  # type: ignore[assignment]
 
 WORKSHOP = ".hf_prune-"
@@ -34,9 +34,9 @@ def resolved(directory: str | os.PathLike[str]) -> Path:
     """The directory that a path means, links followed, if it can be replaced as a whole.
 
     Raises:
-        ValueError: the current directory, one that holds it, a mount point, or no path that can be.
+        ValueError: the current directory, one that holds it, a mount point, or not a valid path.
         FileExistsError: a file, or a path below a file. PermissionError: nothing may be written beside it.
-        TypeError: no path.
+        TypeError: not a path.
     """
     target = path_of(directory)
     if Path.cwd().is_relative_to(target):
@@ -61,13 +61,13 @@ def path_of(directory: str | os.PathLike[str]) -> Path:
     """Where a path leads: `~` and links followed.
 
     Raises:
-        ValueError: no path that can be. TypeError: no path.
+        ValueError: not a valid path. TypeError: not a path.
     """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(f"A directory is a path, got {type(directory).__name__}.")
     try:
         path = Path(os.path.realpath(os.path.expanduser(directory)))
-        path.exists()  # asks the system about the name
+        path.exists()  # raises for names that the system does not allow
     except (ValueError, OSError) as error:
         raise ValueError(f"{os.fspath(directory)[:80]!r} cannot be a path: {error}.") from error
     return path
@@ -77,7 +77,7 @@ def refuse_full(directory: str | os.PathLike[str], overwrite: bool) -> Path:
     """The directory as `resolved` gives it, if it is empty, is not there yet, or may be replaced.
 
     Raises:
-        FileExistsError: it is not empty, and more: see `resolved`.
+        FileExistsError: it is not empty. What `resolved` raises.
     """
     target = resolved(directory)
     if not overwrite and target.exists() and any(target.iterdir()):
@@ -113,12 +113,12 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def written(target: Path) -> Path:
-    """Where `beside` lets a target's owner write: for other processes that write into it, too."""
+    """The directory that `beside` yields for a target, for other processes that write into it as well."""
     return _workshop_of(target) / NEW
 
 
 def carry(source: Path, target: Path, is_left: Callable[[str], bool]) -> None:
-    """Give `target` what `source` holds and it has not, but for names that are to be left: links, no copies."""
+    """Hard-link into `target` what `source` holds and `target` does not, except for names that `is_left` picks."""
     for path in sorted(source.iterdir()) if source.is_dir() else ():
         if is_left(path.name) or (target / path.name).exists():
             continue
@@ -162,11 +162,11 @@ def _open(target: Path, workshop: Path) -> int | None:
         lock = _locked(workshop, wait=True)
         if _is_there(workshop, lock):
             return lock
-        _close(lock)  # another process took it for a dead one's before it was locked
+        _close(lock)  # another process cleared it as abandoned before it was locked
 
 
 def _is_there(workshop: Path, lock: int | None) -> bool:
-    """Whether a lock is on what now has the workshop's name."""
+    """Whether a lock is on the directory that now has the workshop's name."""
     try:
         there = workshop.stat()
     except FileNotFoundError:
@@ -203,7 +203,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(directory: Path) -> None:
-    """Everything on disk before its name is."""
+    """Flush all files to disk, so that the new name never reaches it before the content."""
     for home, _, files in os.walk(directory):
         for name in files:
             path = Path(home, name)
@@ -222,11 +222,11 @@ def _sync_one(path: Path) -> None:
         os.close(handle)
 
 
-# --- what the dead left ----------------------------------------------------------------------------------------------
+# --- after a writer was killed ---------------------------------------------------------------------------------------
 
 
 def clear(parent: Path) -> None:
-    """Remove the workshops in a directory that no living process owns; what one took away is put back first."""
+    """Remove the workshops whose owner is no longer alive; a directory that one had moved away is put back first."""
     for workshop in parent.glob(f"{WORKSHOP}*"):
         lock = _locked(workshop)
         if lock is not None:
@@ -235,7 +235,7 @@ def clear(parent: Path) -> None:
 
 
 def put_back(directory: Path) -> None:
-    """Give a directory its name again that was taken away in the first of the two steps of `_put`, by one now dead."""
+    """Put a directory back that a killed writer had moved away in the first of the two steps of `_put`."""
     if not directory.exists() and _workshop_of(directory).is_dir():
         clear(directory.parent)
 
@@ -249,7 +249,7 @@ def _empty(workshop: Path) -> None:
 
 
 def _locked(directory: Path, wait: bool = False) -> int | None:
-    """A handle that holds the lock of a directory until it is closed; None if another has it, or none can."""
+    """A handle that locks a directory until it is closed; None if another process has the lock, or no lock exists."""
     if fcntl is None:
         return None
     handle = None

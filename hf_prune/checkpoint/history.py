@@ -10,14 +10,15 @@ import base64
 import binascii
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model.families import FAMILIES
 from ..files import read_json, write_text
-from ..plan import PruningPlan, SitePlan
+from ..model.families import FAMILIES
+from ..plan import AXIS_OF_FORMAT_1, Kept, PruningPlan
 from .layout import HOME, KEY, entry_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"
+VOCABULARY = "vocabulary"  # the place of what is kept of it
 PROOF_ROWS = 4  # calibration rows kept to prove that a saved model reloads
 MEND = "Restore config.json, or delete both entries there to count from the model as it is."
 
@@ -38,6 +40,7 @@ class Record:
     plan: PruningPlan
     batch: Batch | None
     cuts: tuple[dict[str, Any], ...] = ()  # the report of each prune()
+    processing_class: Any = None  # the tokenizer of a shortened vocabulary
 
     def save(self, directory: Path) -> None:
         """The plan and the reports, beside the weights."""
@@ -51,7 +54,7 @@ class Record:
         if not (directory / PLAN_FILE).is_file():
             return None
         plan = PruningPlan.load(directory / PLAN_FILE)
-        return cls(plan, None, _cuts(directory / REPORT_FILE, plan.hash))
+        return cls(plan, None, _cuts(directory / REPORT_FILE, plan))
 
 
 def record_of(model: PreTrainedModel) -> Record | None:
@@ -79,7 +82,7 @@ def _read(model: PreTrainedModel) -> Record | None:
             stacklevel=4,
         )
         return None
-    return Record(plan, None, _cuts(_file(home, model.config, REPORT_FILE), name))
+    return Record(plan, None, _cuts(_file(home, model.config, REPORT_FILE), plan))
 
 
 def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPlan | None:
@@ -87,7 +90,7 @@ def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPla
     if "kept" not in entry:  # an early hf_prune wrote it
         return None
     plan = unpack(model_type, entry["kept"])
-    if plan.hash != name:
+    if not plan.is_named(name):
         raise ValueError(
             f"The config's hf_prune.kept is the plan {plan.hash[:12]}, its hf_prune.plan says {name[:12]}: one of them "
             f"was edited. {MEND}"
@@ -98,7 +101,7 @@ def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPla
 def is_of(plan: PruningPlan, name: str, model_type: str) -> bool:
     """Whether a plan is the one of this hash, made for this family or for one whose weights are saved as this one."""
     door = FAMILIES[plan.model_type].as_model_type if plan.model_type in FAMILIES else None
-    return plan.hash == name and model_type in (plan.model_type, door)
+    return plan.is_named(name) and model_type in (plan.model_type, door)
 
 
 def _beside(path: Path | None, name: str, model_type: str) -> PruningPlan | None:
@@ -139,7 +142,7 @@ def _file(home: str | None, config: Any, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _cuts(path: Path | None, name: str) -> tuple[dict[str, Any], ...]:
+def _cuts(path: Path | None, plan: PruningPlan) -> tuple[dict[str, Any], ...]:
     """The reports of the cuts that made up a plan; none where the file is missing, damaged, or of another plan."""
     if path is None or not path.is_file():
         return ()
@@ -148,25 +151,65 @@ def _cuts(path: Path | None, name: str) -> tuple[dict[str, Any], ...]:
     except ValueError as error:
         warnings.warn(f"{error} The reports of earlier cuts are left out.", stacklevel=5)
         return ()
-    cuts = found.get("cuts")
-    if found.get("plan") == name and isinstance(cuts, list) and all(isinstance(cut, dict) for cut in cuts):
+    name, cuts = str(found.get("plan")), found.get("cuts")
+    if plan.is_named(name) and isinstance(cuts, list) and all(isinstance(cut, dict) for cut in cuts):
         return tuple(cuts)
     warnings.warn(
-        f"{path} belongs to another plan ({str(found.get('plan'))[:12]}) than this model ({name[:12]}), or was edited, "
-        "and is left out.",
+        f"{path} belongs to another plan ({name[:12]}) than this model ({plan.hash[:12]}), or was edited, and is left "
+        "out.",
         stacklevel=5,
     )
     return ()
+
+
+# --- what a cut adds -------------------------------------------------------------------------------------------------
+
+
+def summary_of(model: PreTrainedModel, report: Mapping[str, Any], composed: PruningPlan) -> dict[str, Any]:
+    """What the config says of a cut beside the sizes: where the model comes from, and all that was kept of it."""
+    previous = model.config.__dict__.get(KEY, {})
+    origin = {key: previous[key] for key in ("base_model", "license") if previous.get(key)}
+    return {
+        "version": version("hf-prune"),
+        **(origin or _origin(str(model.config._name_or_path))),
+        "criterion": report["criterion"],
+        "repair": report["repair"],
+        "before": previous.get("before") or report["before"],
+        "after": report["after"],
+        "plan": composed.hash,
+        "kept": pack(composed),
+    }
+
+
+def _origin(name: str) -> dict[str, str]:
+    """Of a Hub id that id; of a directory its name, and the licence that its README.md states."""
+    from huggingface_hub import ModelCard
+
+    home = Path(name)
+    if not name or not home.is_dir():
+        return {"base_model": name}
+    card = home / "README.md"
+    licence = ModelCard.load(str(card), ignore_metadata_errors=True).data.license if card.is_file() else None
+    return {"base_model": home.resolve().name, **({"license": str(licence)} if licence else {})}
+
+
+def proof_rows(batches: Sequence[Batch]) -> Batch | None:
+    """A few rows to prove with that a saved model reloads."""
+    if not batches:
+        return None
+    first = batches[0]
+    inputs = {key: value[:PROOF_ROWS] for key, value in first.inputs.items()}
+    return replace(first, inputs=inputs, targets={}, held_out=first.held_out[:PROOF_ROWS])
 
 
 # --- a plan in a config ----------------------------------------------------------------------------------------------
 
 
 def pack(plan: PruningPlan) -> dict[str, str]:
-    """A line a site: unit, how many there were, and the kept ones as bits (base64, the first unit the lowest bit)."""
+    """A line a place: axis, how many units there were, and the kept ones as bits (base64, the first the lowest bit)."""
     return {
-        f"{site.stack}.{site.layer}.{site.kind}": f"{site.unit} {site.of} {_bits(site.of, site.kept)}"
-        for site in plan.sites
+        ".".join(map(str, kept.where)) or VOCABULARY: f"{kept.axis} {kept.of} {_bits(kept.of, kept.kept)}"
+        for kept in plan.kept
     }
 
 
@@ -178,27 +221,27 @@ def _bits(of: int, kept: tuple[int, ...]) -> str:
 
 
 def unpack(model_type: str, packed: Mapping[str, str]) -> PruningPlan:
-    """What `pack` was given.
+    """What `pack` was given, also in the words of format 1.
 
     Raises:
         ValueError: something else.
 
-    >>> plan = PruningPlan("bert", (SitePlan("encoder", 3, "ffn", "neuron", 12, (0, 2, 11)),))
+    >>> plan = PruningPlan("bert", (Kept(("encoder", 3, "ffn"), "neurons", 12, (0, 2, 11)),))
     >>> pack(plan)
-    {'encoder.3.ffn': 'neuron 12 BQg='}
+    {'encoder.3.ffn': 'neurons 12 BQg='}
     >>> unpack("bert", pack(plan)) == plan
     True
     """
     try:
-        return PruningPlan(model_type, tuple(_site(key, value) for key, value in packed.items()))
+        return PruningPlan(model_type, tuple(_kept(key, value) for key, value in packed.items()))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"The config's hf_prune.kept is no plan ({error}): it was edited or damaged. {MEND}"
         ) from error
 
 
-def _site(key: str, value: str) -> SitePlan:
-    (stack, layer, kind), (unit, of, bits) = key.split("."), value.split(" ")
+def _kept(key: str, value: str) -> Kept:
+    words, (axis, of, bits) = () if key == VOCABULARY else key.split("."), value.split(" ")
     try:
         raw = base64.b64decode(bits, validate=True)
     except binascii.Error as error:
@@ -206,4 +249,5 @@ def _site(key: str, value: str) -> SitePlan:
     if len(raw) != (int(of) + 7) // 8:
         raise ValueError(f"{key}: bits of {8 * len(raw)} units, not of {of}")
     kept = tuple(8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1)
-    return SitePlan(stack, int(layer), kind, unit, int(of), kept)
+    where = tuple(int(word) if at == 1 else word for at, word in enumerate(words))
+    return Kept(where, AXIS_OF_FORMAT_1.get(axis, axis), int(of), kept)

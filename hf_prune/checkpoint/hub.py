@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
+from collections.abc import Callable
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
@@ -12,14 +14,14 @@ from typing import Any
 
 from .history import PLAN_FILE
 from .proof import PROOF_FILE, checkpoint, proven, verify
-from ..report.card import HUB_ID, write_card
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TRIES = 3  # of a commit, where the network fails; what was uploaded before is not sent again
-CARD = (  # goes with what was proven: the card and what its figures are read from
+CARD = (  # uploaded with what was proven: the card, and the files that its figures are read from
     "README.md", "pictures/*.png", "evaluation.json", "measurements.json", "measurements.md", "measurements.png",
-    "corners.json", "LICENSE", "LICENSE.txt", "LICENSE.md", PROOF_FILE,
+    "int8.json", "LICENSE", "LICENSE.txt", "LICENSE.md", PROOF_FILE,
 )  # fmt: skip
-SHOWN = 8  # names of what stays here
+SHOWN = 8  # names in the warning about what is not uploaded
 WAIT = 2.0  # seconds before the second try, doubled for each that follows
 
 
@@ -31,17 +33,20 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     message: str = "Upload a pruned model",
+    card: Callable[..., Any] | None = None,
 ) -> str:
     """Commit a checkpoint to a repository of the Hub, in one commit: all of it or nothing.
 
-    What the save proved goes there, with the card and what its figures come from; all else stays here, and a warning
-    names it. A pruned model without a README.md gets its card.
+    The files that the save proved are uploaded, with the card and the files that its figures come from. Everything else
+    stays here, and a warning names it.
 
     Args:
         repo: owner/name; created if it is not there.
-        private: of a new repository.
+        private: whether a repository that is created here is private.
         revision: a branch; created if it is not there. Default: main.
         token: default: the one that `hf auth login` or HF_TOKEN gave.
+        card: called as card(directory, name=repo) where a pruned model has no README.md, to write one
+            (`report.card.write_card`); default: none is written.
 
     Returns:
         The address of the commit.
@@ -53,8 +58,8 @@ def push(
     directory = checkpoint(directory)
     _check_names(repo, revision)
     verify(directory)
-    if (directory / PLAN_FILE).is_file() and not (directory / "README.md").is_file():
-        write_card(directory, name=repo)
+    if card is not None and (directory / PLAN_FILE).is_file() and not (directory / "README.md").is_file():
+        card(directory, name=repo)
     sent = _sent(directory)
     from huggingface_hub import HfApi
 
@@ -79,7 +84,11 @@ def _check_names(repo: str, revision: str | None) -> None:
 
 
 def _sent(directory: Path) -> list[str]:
-    """Paths of what is pushed; warns of what is not."""
+    """Relative paths of the files to upload; a warning names the others.
+
+    Raises:
+        ValueError: a link leads out of the directory.
+    """
     files, known = [path for path in sorted(directory.rglob("*")) if path.is_file()], proven(directory)
     names = [path.relative_to(directory).as_posix() for path in files]
     sent = [name for name in names if name in known or _is_card(name)]
@@ -99,11 +108,16 @@ def _sent(directory: Path) -> list[str]:
 
 
 def _is_card(name: str) -> bool:
+    """Whether a relative path is one of `CARD`; `*` does not match a slash."""
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in CARD)
 
 
 def _asked(repo: str, request: Any) -> Any:
-    """What a request returns; tried again where the network fails, with a plain error in the end."""
+    """What a request returns. It is tried again where the network fails, up to `TRIES` times.
+
+    Raises:
+        PermissionError: no token, or one that may not write there. ConnectionError: the Hub cannot be reached.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     for left in reversed(range(TRIES)):

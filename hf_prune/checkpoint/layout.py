@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from ..model.families import Attention, Family, family_for
-from ..model.sites import Site, find_sites
+from ..model.axes import Family
 from ..model.cut import cut_
+from ..model.families import family_for
+from ..model.sites import Site, find_sites
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that can be read
 KEY = "hf_prune"  # of the entry in config.json
 HOME = "_hf_prune_home"  # attribute of a model: the directory that it was loaded from
 FORMS = ("stock", "uniform", "per_layer")
@@ -43,10 +45,10 @@ def checked(entry: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(entry, Mapping):
         raise ValueError(f"The config's {KEY!r} is {_short(entry)}; a mapping is needed. {RESTORE}")
-    if entry.get("format") != FORMAT or entry.get("shapes") not in FORMS:
+    if entry.get("format") not in FORMATS or entry.get("shapes") not in FORMS:
         raise ValueError(
             f"This checkpoint has shapes {entry.get('shapes')!r} in format {entry.get('format')!r}; this hf_prune "
-            f"knows {', '.join(FORMS)} in format {FORMAT}. Upgrade hf_prune, or restore config.json."
+            f"knows {', '.join(FORMS)} in the formats {FORMATS}. Upgrade hf_prune, or restore config.json."
         )
     return entry
 
@@ -62,11 +64,9 @@ def needs_loader(config: Any) -> bool:
 
 
 def size_keys(family: Family) -> list[str]:
-    """All config keys that size what can be pruned."""
-    keys: list[str] = []
-    for row in (row for stack in family.stacks for row in stack.sublayers):
-        keys += [row.heads_key, row.kv_key or row.heads_key] if isinstance(row, Attention) else [row.width_key]
-    return list(dict.fromkeys(keys))
+    """All config keys that size the units of sites."""
+    axes = (axis for stack in family.stacks for row in stack.sublayers for axis in row.axes)
+    return list(dict.fromkeys(axis.config for axis in axes))
 
 
 def raw(config: Any, key: str) -> Any:
@@ -76,10 +76,7 @@ def raw(config: Any, key: str) -> Any:
 
 def site_values(site: Site) -> dict[str, int]:
     """The config values that describe a site's sizes."""
-    if not isinstance(site.row, Attention):
-        return {site.row.width_key: site.columns}
-    values = {site.row.heads_key: site.heads}
-    return values | {site.row.kv_key: site.kv_heads} if site.row.kv_key else values
+    return {axis.config: site.sizes[axis.name] for axis in site.row.axes}
 
 
 def dense_values(config: Any, family: Family) -> dict[str, Any]:
@@ -116,11 +113,11 @@ def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, An
         if config.is_encoder_decoder:
             return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
         return "per_layer", {}
-    if family.stock_heads == "any" or not _heads_cut(sites, dense):
-        return "stock", {}
-    if family.stock_heads == "none":
+    cut = [(site, axis) for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]]
+    stock = {axis.stock for _, axis in cut}
+    if "none" in stock:
         return "uniform", {}
-    divides = all(config.hidden_size % site.heads == 0 for site in sites if site.is_attention)
+    divides = all(config.hidden_size % site.sizes[axis.name] == 0 for site, axis in cut if axis.stock == "divisors")
     return "stock" if divides else "per_layer", {}  # the config class refuses other global head counts
 
 
@@ -138,18 +135,16 @@ def _write_config_(config: Any, family: Family, sites: list[Site], dense: Mappin
             values.update(site_values(site))
     for key, value in values.items():
         setattr(config, key, value)
-    if _heads_cut(sites, dense):
-        setattr(config, family.head_dim_key, next(site.head_dim for site in sites if site.is_attention))
+    for site in sites:
+        for axis in site.row.axes:
+            if axis.width_config and site.sizes[axis.name] != dense[axis.config]:
+                setattr(config, axis.width_config, site.widths[axis.name])
     if form == "per_layer" and not config.is_encoder_decoder:
         layers: dict[int, dict[str, int]] = {}
         for site in sites:
             layers.setdefault(site.layer, {}).update(site_values(site))
         config.allow_global_per_layer_attribute_access = True
         config.per_layer_config = layers
-
-
-def _heads_cut(sites: list[Site], dense: Mapping[str, Any]) -> bool:
-    return any(isinstance(s.row, Attention) and s.heads != dense[s.row.heads_key] for s in sites)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -248,19 +243,10 @@ def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
 
 
 def _shrink_(model: nn.Module, site: Site, values: Mapping[str, int]) -> None:
-    layer = model.get_submodule(site.path)
-    if not isinstance(site.row, Attention):
-        width = values[site.row.width_key]
-        if width > site.columns:
-            raise ValueError(f"The config gives {site.name} {width} neurons, of {site.columns} when dense. {RESTORE}")
-        cut_(layer, site, "neuron", range(width))
-        return
-    heads = values[site.row.heads_key]
-    groups = values[site.row.kv_key] if site.row.kv_key else heads
-    share = site.heads // site.kv_heads
-    if groups > site.kv_heads or heads % groups or heads // groups > share:
-        raise ValueError(
-            f"The config gives {site.name} {heads} heads in {groups} groups, of {site.heads} in {site.kv_heads} when "
-            f"dense. {RESTORE}"
-        )
-    cut_(layer, site, "head", [g * share + j for g in range(groups) for j in range(heads // groups)])
+    """Cut a site to as many units as the config gives it: the first ones, whose weights are loaded next."""
+    groups, units = (values[axis.config] for axis in (site.outer, site.inner))
+    if groups > site.sizes[site.outer.name] or units % groups or units // groups > site.share:
+        told = ", ".join(f"{values[axis.config]} {axis.name} of {site.sizes[axis.name]}" for axis in site.row.axes)
+        raise ValueError(f"The config gives {site.name} {told} when dense, which no cut leaves. {RESTORE}")
+    kept = [group * site.share + unit for group in range(groups) for unit in range(units // groups)]
+    cut_(model.get_submodule(site.path), site, site.inner.name, kept)

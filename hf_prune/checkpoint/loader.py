@@ -1,4 +1,4 @@
-"""The loader: transformers builds pruned checkpoints to the sizes that their config means."""
+"""Teach transformers to build pruned checkpoints in the sizes that their config gives."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layout import FORMAT, HOME, KEY, build_, check_sizes, needs_loader
 
-MARK = "_hf_prune_loader"  # on what this file has put in place
+MARK = "_hf_prune_loader"  # attribute of what this file has put in place
 
 
 def install_loader() -> None:
-    """Teach transformers to build the shapes that a pruned config means; runs at `import hf_prune`.
+    """Make `from_pretrained` and every other construction understand pruned configs; runs at `import hf_prune`.
 
-    `PreTrainedModel.__new__` is the one door that every construction passes; another library that stands there already
-    is asked next. A class that meets a pruned config there has its `__init__` wrapped, once; all others are left alone.
-    The config shows dense sizes and no `per_layer_config` while the stock class builds, so this stays right when
-    transformers ships its own modelling half. What came by another road is refused where all roads meet.
+    Every construction calls `PreTrainedModel.__new__`, which is replaced here; where another library has replaced it
+    before, that is called next. A class that is given a pruned config has its `__init__` wrapped, once; all other
+    classes are left alone. While the stock class builds, the config shows dense sizes and no `per_layer_config`, so
+    that this stays right when transformers builds such configs itself. A pruned config that reaches
+    `PreTrainedModel.__init__` without a wrapped class is refused there.
     """
     following: Any = PreTrainedModel.__new__
     if hasattr(following, MARK):
@@ -31,7 +32,7 @@ def install_loader() -> None:
             _meet(cls, config)
         made = object.__new__(cls) if following is object.__new__ else following(cls, *args, **kwargs)
         if config is not None and config._name_or_path and Path(config._name_or_path).is_dir():
-            made.__dict__[HOME] = str(Path(config._name_or_path).resolve())  # also after a change of directory
+            made.__dict__[HOME] = str(Path(config._name_or_path).resolve())  # cwd may change
         return made
 
     setattr(__new__, MARK, True)
@@ -44,7 +45,7 @@ def _is_pruned(value: Any) -> bool:
 
 
 def _meet(cls: type[PreTrainedModel], config: Any) -> None:
-    """Raise ValueError for sizes that cannot be meant, and see to it that the class builds the others."""
+    """Wrap the class so that it builds the sizes of a config; raise ValueError for sizes that cannot be."""
     if needs_loader(config):
         if MARK not in cls.__dict__:
             _wrap_init(cls)
@@ -62,7 +63,7 @@ def _wrap_init(cls: Any) -> None:
             return init(self, *args, **kwargs)
 
         def stock(shown: Any) -> None:
-            """The class's own, shown another config in the place of ours."""
+            """The class's own `__init__`, with another config in the place of the pruned one."""
             seen = [shown if value is config else value for value in args]
             init(self, *seen, **{key: shown if value is config else value for key, value in kwargs.items()})
 
@@ -73,7 +74,7 @@ def _wrap_init(cls: Any) -> None:
 
 
 def _guard() -> None:
-    """A pruned config that no wrapped class has met (a subclass that hides it from `__new__`) is not built dense."""
+    """Refuse a pruned config that `__new__` did not see (a subclass can hide it): it would be built dense."""
     init: Any = PreTrainedModel.__init__
     if hasattr(init, MARK):
         return

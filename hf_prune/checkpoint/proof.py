@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..model.anatomy import probe_inputs, quiet
 from ..files import read_json, write_text
+from ..model.probe import random_inputs
+from ..model.weights import quiet
 from .convert import auto_classes
 from .directory import path_of, put_back
 from .history import PLAN_FILE, PROOF_ROWS, REPORT_FILE, record_of
@@ -24,8 +25,8 @@ from .remote_code import CODE_FILE
 
 PROOF_FILE = "verified.json"  # what was proven to reload: the difference, and sha256 of all files of the save
 BASE = "base_model"  # beside adapters: the pruned weights that they belong to
-UNPROVEN = (PROOF_FILE, "README.md", "training_args.bin")  # of what a save writes: itself, a card, and a pickle
-LOADED = (  # names that from_pretrained looks for: what a checkpoint computes
+UNPROVEN = (PROOF_FILE, "README.md", "training_args.bin")  # not fingerprinted: itself, the card, and a pickle
+LOADED = (  # names that from_pretrained looks for, so that they change what a checkpoint computes
     "model.safetensors", "model-*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json",
     "generation_config.json", "adapter_model*", "adapter_config.json", CODE_FILE, BASE, PLAN_FILE, REPORT_FILE,
 )  # fmt: skip
@@ -48,16 +49,7 @@ def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Te
     record = record_of(model)
     if record is not None and record.batch is not None:
         return {k: v.to(model.device) for k, v in record.batch.inputs.items()}
-    inputs = probe_inputs(model, 16, batch=2)
-    generator = torch.Generator().manual_seed(0)
-    for key, value in inputs.items():
-        if value.is_floating_point():
-            inputs[key] = torch.randn(value.shape, generator=generator).to(value)
-        elif key.endswith("input_ids"):
-            value[..., :-1] = torch.randint(model.config.vocab_size, value[..., :-1].shape, generator=generator).to(
-                value
-            )
-    return inputs
+    return random_inputs(model, PROOF_ROWS, 16)
 
 
 def _first(batches: Any) -> Mapping[str, torch.Tensor]:
@@ -108,7 +100,7 @@ def _apart(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> f
 
 
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """In the precision of the weights, also where a Trainer has wrapped `forward` into another."""
+    """Outputs in the precision of the weights, also where a Trainer has wrapped `forward` to compute in another."""
     wrapped = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None  # by accelerate
     try:
         with quiet(model), torch.no_grad():
@@ -126,7 +118,7 @@ def prove(
     batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
     remote_code: bool = False,
 ) -> float:
-    """Open a directory as users will and compare the outputs with those of the model in memory; say so in a file.
+    """Open a directory as users will, compare its outputs with those of the model in memory, and write PROOF_FILE.
 
     Returns:
         The largest difference, relative to the largest value.
@@ -167,7 +159,7 @@ def _opened(opener: Any, directory: Path, options: Mapping[str, Any]) -> Any:
 
 
 def fingerprints(directory: Path) -> dict[str, str]:
-    """sha256 by path of all that a save has written."""
+    """sha256 of every file that a save has written, by relative path."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in UNPROVEN)
     return {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
 
@@ -181,7 +173,7 @@ def _sha256(path: Path) -> str:
 
 
 def proven(directory: str | os.PathLike[str]) -> dict[str, str]:
-    """sha256 by path of the files that a save proved.
+    """sha256 of the files that a save proved, by relative path.
 
     Raises:
         ValueError: nothing was proven here.
@@ -203,10 +195,10 @@ def _proof(home: Path) -> dict[str, Any]:
 
 
 def checkpoint(directory: str | os.PathLike[str]) -> Path:
-    """A directory that is to be read.
+    """The directory of a checkpoint, put back first if a killed writer had moved it away.
 
     Raises:
-        FileNotFoundError: there is none. NotADirectoryError: a file. ValueError, TypeError: no path.
+        FileNotFoundError: there is none. NotADirectoryError: it is a file. ValueError, TypeError: not a path.
     """
     home = path_of(directory)
     put_back(home)
@@ -218,9 +210,9 @@ def checkpoint(directory: str | os.PathLike[str]) -> Path:
 
 
 def verify(directory: str | os.PathLike[str]) -> float:
-    """Check that a saved checkpoint still is what was proven to reload. Reads every file once, and opens no model.
+    """Check that a saved checkpoint still is what was proven to reload. Every file is read once; no model is opened.
 
-    A directory whose writer was stopped while it was replaced is put back first.
+    A directory that a killed writer had moved away is put back first.
 
     Returns:
         The difference that the save found between the outputs of the reloaded model and of the one in memory, relative
@@ -228,7 +220,7 @@ def verify(directory: str | os.PathLike[str]) -> float:
 
     Raises:
         ValueError: it was never proven, or files were changed, lost or added since; the message names them.
-        FileNotFoundError, NotADirectoryError: no such directory. TypeError: no path.
+        FileNotFoundError, NotADirectoryError: no such directory. TypeError: not a path.
     """
     home = checkpoint(directory)
     proof = _proof(home)
@@ -248,7 +240,7 @@ def _is_known(name: str, files: Mapping[str, str]) -> bool:
 
 
 def weights_id(directory: str | os.PathLike[str]) -> str:
-    """Names the weights that a save proved, by the sha256 of their files; "" where nothing was proven."""
+    """A name for the weights that a save proved, made of the sha256 of their files; "" where nothing was proven."""
     files = proven(directory) if Path(directory, PROOF_FILE).is_file() else {}
     parts = [f"{name} {digest}" for name, digest in sorted(files.items()) if name.endswith(".safetensors")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model import families, sites, cut as surgery
+from ..model import axes, cut, families, sites
 from . import layout
 from .convert import auto_classes
 
@@ -20,7 +20,7 @@ CODE_FILE = "modeling_hf_prune.py"
 
 def code_for(cls: type[nn.Module]) -> str:
     """One self-contained file: the loader's own source, and a subclass of `cls` that builds with it."""
-    parts = [_without_relative_imports(module) for module in (families, sites, surgery, layout)]
+    parts = [_without_relative_imports(module) for module in (axes, families, sites, cut, layout)]
     subclass = f'''
 class Pruned{cls.__name__}(transformers.{cls.__name__}):
     """{cls.__name__} in the sizes that its config gives."""
@@ -44,10 +44,10 @@ def _without_relative_imports(module: Any) -> str:
 
 
 def coded_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of transformers that the file subclasses; of a model that was opened by such a file, the same.
+    """The class of transformers that the file subclasses; for a model that such a file opened, the class behind it.
 
     Raises:
-        ValueError: a class of somebody else's, which the file would not hold.
+        ValueError: a class that is not of transformers, whose code the file would not hold.
     """
     import transformers
 

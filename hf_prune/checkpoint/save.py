@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..model.anatomy import check_model
+from ..model.weights import check_model
 from .convert import as_model_type
 from .directory import beside, refuse_full
-from .history import record_of
+from .history import Record, record_of
 from .proof import prove
 from .remote_code import add_code, coded_class
 
@@ -34,7 +34,7 @@ def save_pretrained(
 
     Args:
         batches: inputs to compare the reloaded model on; default: rows kept by prune(), else random tokens.
-        processing_class: tokenizer or processor, saved alongside.
+        processing_class: tokenizer or processor, saved alongside; default: that of a vocabulary which prune() shortened.
         overwrite: replace a directory that is not empty.
         remote_code: add one generated file, so that the checkpoint opens with trust_remote_code without hf_prune.
         model_type: save the same weights as this stock family ("mistral" for a Llama with any head count).
@@ -56,16 +56,32 @@ def save_pretrained(
     saved = model if model_type is None else as_model_type(model, model_type)
     cls = coded_class(type(saved)) if remote_code else type(saved)
     record = record_of(model)
+    tokenizer = _tokenizer(model, processing_class, record)
     with beside(target) as temporary:
         saved.save_pretrained(temporary, **kwargs)
-        if processing_class is not None:
-            processing_class.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         if record is not None:
             record.save(temporary)
         if remote_code:
             add_code(cls, temporary)
         difference = prove(model, temporary, cls, batches, remote_code)
     return difference
+
+
+def _tokenizer(model: PreTrainedModel, given: Any, record: Record | None) -> Any:
+    """What is saved beside the weights.
+
+    Raises:
+        ValueError: the tokenizer of the vocabulary as it was before prune() shortened it.
+    """
+    own = None if record is None else record.processing_class
+    if own is None or given is None or not hasattr(given, "get_vocab") or given.get_vocab() == own.get_vocab():
+        return own if given is None else given
+    raise ValueError(
+        f"processing_class has {len(given)} tokens, and the vocabulary of this {type(model).__name__} was shortened to "
+        f"{len(own)}. Leave it out: the tokenizer that fits is saved, prune() gave it as result.processing_class."
+    )
 
 
 def _check_arguments(model: PreTrainedModel, processing_class: Any, kwargs: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def names_of(models: list[str]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """The shortest ends of the paths by which all of them differ."""
     for parts in range(1, 100):
         names = ["/".join(Path(model).parts[-parts:]) for model in models]
         if len(set(names)) == len(names):

@@ -62,7 +62,7 @@ def directory(given: str) -> Path:
 
 
 def fractions(given: str) -> list[float]:
-    """Numbers that give each result a directory of its own."""
+    """Values of `keep`, separated by commas, that differ in the names of their output directories."""
     try:
         found = [float(part) for part in given.split(",")]
     except ValueError:

@@ -15,6 +15,6 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..demo.run import QUICK, Settings, run
+    from hf_prune.demo.run import QUICK, Settings, run  # the files of examples/demo, see pyproject.toml
 
     run(options.out, options.cache, QUICK if options.quick else Settings())

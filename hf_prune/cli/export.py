@@ -1,4 +1,4 @@
-"""Write a checkpoint in the format of another engine, and prove it there."""
+"""Write a checkpoint in the format of another engine."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..model.anatomy import describe
     from ..checkpoint.history import PLAN_FILE
     from ..checkpoint.proof import PROOF_FILE
+    from ..model.anatomy import describe
     from ..report.anatomy import anatomy_rows, facts, reachable_rows, stock_note
     from ..report.engines import checkpoint_rows, engine_rows
     from ..report.table import console, rich_table
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(directory: str) -> None:
-    """Say where a checkpoint is not what was proven; raise ValueError where its config cannot be read."""
+    """Warn if a checkpoint has changed since it was proven to reload; raise ValueError if its config cannot be read."""
     from ..checkpoint.proof import verify
     from ..report.engines import config_of
 

@@ -1,8 +1,8 @@
 """The command line: `hf-prune COMMAND`. A command is a module of `hf_prune.cli`.
 
-What the user can mend (a wrong argument, file, model or data, no memory) ends with exit code 2 and one line on standard
-error, `error: ...`; Ctrl-C with 130. Any other error is a mistake of hf-prune and ends with its traceback, to be
-reported. `--debug` shows the traceback of all.
+An error that the user can mend (a wrong argument, file, model or data, no memory) ends with exit code 2 and one line on
+standard error, `error: ...`; Ctrl-C ends with 130. Any other error is a bug in hf-prune and shows its traceback, to be
+reported. `--debug` shows the traceback of every error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import bench, card, demo, export, inspect, prune, push, train
 
 COMMANDS = (demo, inspect, prune, train, bench, export, card, push)
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)  # FileNotFoundError etc. are OSErrors
-OURS = (TypeError, RuntimeError)  # a sentence where hf_prune raised them, a mistake where another library did
+OURS = (TypeError, RuntimeError)  # the user's to mend where hf_prune raised them, a bug where another library did
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in RuntimeErrors of torch
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
 
@@ -70,7 +70,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _quiet_transformers() -> None:
-    """Its bars and notes on every load and save are noise between ours."""
+    """Turn off transformers' progress bars and notes on loading and saving, which would interrupt ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

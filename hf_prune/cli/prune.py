@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS, TRAINING_FIELDS, PruningConfig
-from .common import config_argument, directory, model_arguments, open_model, tokenizer_argument
+from .common import config_argument, directory, model_arguments, open_model, path, tokenizer_argument
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
     from ..data.texts import Parts
-    from ..oneshot import Analysis
+    from ..oneshot import Analysis, PruneResult
 
 
-RESULT = "keep-{}"  # of several, its directory in OUT
+RESULT = "keep-{}"  # the directory in OUT of each of several results
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -36,6 +36,11 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--text-column", help="Default: a usual name; a `messages` column goes through the chat template."
     )
     data.add_argument("--label-column", help="Default: a usual name. The target text for sequence-to-sequence models.")
+    data.add_argument(
+        "--vocabulary",
+        type=path,
+        help="Texts whose tokens stay, with tokens among the --units. Default: those of --data.",
+    )
     data.add_argument("--split", help="Default: train. Takes datasets' slices, such as train[:10%%].")
     cut = command.add_argument_group("cut")
     cut.add_argument("--preset", choices=PRESETS, help="A published method; other flags change it.")
@@ -85,7 +90,13 @@ def run(options: argparse.Namespace) -> None:
     job = _prepare(options, keeps, min(configs, key=lambda config: config.keep))
     from ..oneshot import analyze
 
-    analysis = analyze(job.model, job.parts.calibration, job.config)
+    analysis = analyze(
+        job.model,
+        job.parts.calibration,
+        job.config,
+        processing_class=job.tokenizer,
+        vocabulary=options.vocabulary or (job.parts.texts() if "tokens" in (job.config.units or ()) else None),
+    )
     if options.dry_run:
         _dry_run(job, analysis)
         return
@@ -110,9 +121,9 @@ def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
 
 
 def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningConfig) -> Job:
+    from ..data.opening import load_tokenizer
     from ..data.texts import Source, check_reads_text, load_data
     from ..model.families import family_for
-    from ..data.opening import load_tokenizer
     from ..report.table import console
 
     model = open_model(options)
@@ -221,13 +232,27 @@ def _cut_one(job: Job, analysis: Analysis, keep: float, model: PreTrainedModel) 
     started = time.perf_counter()
     result = analysis.cut_(model, keep)
     seconds = time.perf_counter() - started
-    metric, value = evaluate(model, job.parts.evaluation)
+    metric, value = evaluate(model, _in_tokens_of(job, model, result))
     row = {"model": f"keep={keep:g}", metric: _value(value)} | _costs(result.report["after"], result.report["before"])
     latency = result.report.get("latency", {})
     row |= _latency(latency.get("realised_ms"), latency.get("dense_ms"))
     row["cut and repair"] = f"{seconds:.0f} s"
     lines = _other_shapes(keep, result.report)
-    return row, lines + _save(job, model, job.directory(keep))
+    return row, lines + _save(job, result, job.directory(keep))
+
+
+def _in_tokens_of(job: Job, model: PreTrainedModel, result: PruneResult) -> list[dict[str, Any]]:
+    """The rows to evaluate on, in the tokens that a model has after its cut."""
+    import torch
+
+    from ..model.batches import prepare
+    from ..vocabulary.choice import translation
+
+    if result.processing_class is job.tokenizer:
+        return job.parts.evaluation
+    translate = translation(job.tokenizer, result.processing_class, model)
+    prepared = (prepare(model, batch, torch.zeros(len(batch["input_ids"]))) for batch in job.parts.evaluation)
+    return [{**batch.inputs, **batch.targets} for batch in map(translate, prepared)]
 
 
 def _value(value: float) -> str:
@@ -241,7 +266,7 @@ def _other_shapes(keep: float, report: Mapping[str, Any]) -> list[str]:
     return [f"keep={keep:g}: score removed {report['predicted_loss']:.3g}; in other shapes: {', '.join(others)}."]
 
 
-def _save(job: Job, model: PreTrainedModel, directory: Path | None) -> list[str]:
+def _save(job: Job, result: PruneResult, directory: Path | None) -> list[str]:
     """Save one result; the lines that open it."""
     from ..checkpoint.save import save_pretrained
     from ..report.engines import opened_by, opening_lines
@@ -250,9 +275,9 @@ def _save(job: Job, model: PreTrainedModel, directory: Path | None) -> list[str]
         return []
     options = job.options
     difference = save_pretrained(
-        model,
+        result.model,
         directory,
-        processing_class=job.tokenizer,
+        processing_class=result.processing_class,
         overwrite=options.overwrite,
         remote_code=options.remote_code,
         model_type=options.model_type,

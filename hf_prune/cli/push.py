@@ -14,7 +14,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..checkpoint.hub import push
+    from ..report.card import write_card
     from ..report.table import console
 
-    url = push(options.directory, options.repo, private=options.private, revision=options.revision)
+    url = push(options.directory, options.repo, private=options.private, revision=options.revision, card=write_card)
     console().print(f"Pushed: {url}", markup=False)

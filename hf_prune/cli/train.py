@@ -18,9 +18,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..report.table import console
     from .recipe import read
     from .recipe import run as run_recipe
-    from ..report.table import console
 
     metrics = run_recipe(read(options.recipe, options.changes))
     for name, value in (metrics or {}).items():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..model.anatomy import quiet
 from ..model.batches import IGNORE, Batch, forward_inputs, prepare
+from ..model.weights import quiet
 from ..score.losses import example_losses, has_loss, labels_of
 
 if TYPE_CHECKING:

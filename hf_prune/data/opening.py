@@ -25,15 +25,15 @@ TASKS = {  # pipeline task -> the Auto class that opens a model for it
     "feature-extraction": "AutoModel",
 }
 WITHOUT_PIPELINE = ("question-answering", "text2text-generation")  # transformers 5 dropped these pipelines
-MESSAGE = 400  # characters of another library's
+MESSAGE = 400  # characters shown of another library's message
 
 
 def load_model(name: str, task: str | None = None, **options: Any) -> PreTrainedModel:
     """Open a directory or Hub id with the class that its config names, or with the Auto class of a `task`.
 
     Raises:
-        ValueError: the config names no class, or one that transformers has not.
-        FileNotFoundError: a path, not a Hub id, that is no directory.
+        ValueError: the config names no class, or one that transformers does not have.
+        FileNotFoundError: `name` is a path and not a Hub id, and no directory with a config.json is there.
     """
     import transformers
 
@@ -52,12 +52,12 @@ def model_class(config: Any, name: str = "") -> Any:
     """The class that a config names.
 
     Raises:
-        ValueError: it names none, or one that transformers has not, or one of another family.
+        ValueError: it names none, one that transformers does not have, or one of another family.
     """
     import transformers
 
     named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    stock = named.removeprefix("Pruned") if isinstance(named, str) else ""  # opened by remote code, and saved again
+    stock = named.removeprefix("Pruned") if isinstance(named, str) else ""  # saved after it was opened with remote code
     found = getattr(transformers, stock, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ValueError(
@@ -75,7 +75,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a directory or Hub id.
 
     Raises:
-        FileNotFoundError: there is none, where transformers makes one that knows no word.
+        FileNotFoundError: there is none (transformers would make one that knows no word).
         ValueError, OSError: it cannot be read.
     """
     from transformers import AutoTokenizer
@@ -92,7 +92,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def load_processor(model: PreTrainedModel, name: str, revision: str | None = None) -> Any:
-    """What prepares the inputs of a model: a tokenizer, or a processor of images."""
+    """The tokenizer of a model that reads text, or the image processor of one that reads images."""
     if model.main_input_name == "input_ids":
         return load_tokenizer(name, revision)
     from transformers import AutoProcessor
@@ -103,10 +103,14 @@ def load_processor(model: PreTrainedModel, name: str, revision: str | None = Non
 
 @contextlib.contextmanager
 def read_as(name: str, what: str) -> Iterator[None]:
-    """Errors of what another library opens by name, in one sentence that says what it is."""
+    """Turn every error of another library that opens `name` into one sentence that says as `what` it cannot be read.
+
+    Raises:
+        OSError: the library raised one. ValueError: it raised anything else.
+    """
     try:
         yield
-    except Exception as error:  # of any kind: damaged files meet all of that library's code
+    except Exception as error:  # of any kind: a damaged file can fail anywhere in that library
         plain = isinstance(error, ValueError | OSError)
         text = textwrap.shorten(f"{'' if plain else type(error).__name__ + ': '}{error}", MESSAGE, placeholder=" ...")
         kind = OSError if isinstance(error, OSError) else ValueError

@@ -1,4 +1,4 @@
-"""Text by name, as batches for a model: to calibrate with, and to evaluate on."""
+"""Batches of tokens from a named file or dataset, to calibrate a model with and to evaluate it on."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model.anatomy import positions
 from ..model.batches import IGNORE, even_positions
-from .opening import read_as
+from ..model.probe import positions
 from ..plan import short
+from ..vocabulary.reading import FORMATS, TEXT_COLUMNS
+from .opening import read_as
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "article", "body", "question", "prompt")
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment")
 MESSAGES = "messages"
 BATCH_SIZE = 32
@@ -36,7 +29,7 @@ MIN_ROWS = 10  # 8 to calibrate with, 2 to evaluate on
 EVALUATION_ROWS = 1000
 EVALUATION_TOKENS = 65536  # for language models
 MASKED_SHARE = 0.15
-UNKNOWN_SHARE = 0.5  # of the tokens: the tokenizer does not know the text
+UNKNOWN_SHARE = 0.5  # of the tokens; from there on the tokenizer does not know the text
 SHOWN = 10  # values in an error
 Rows = list[dict[str, Any]]
 Batches = list[dict[str, torch.Tensor]]
@@ -44,7 +37,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Source:
-    """Where text lies and which columns hold it; None means guessed."""
+    """Where text lies and which columns hold it; a column that is None is guessed."""
 
     name: str
     text_column: str | None = None
@@ -54,10 +47,11 @@ class Source:
 
 @dataclass
 class Parts:
-    """Batches to calibrate with, and batches of other rows to evaluate on."""
+    """Batches to calibrate with, batches of other rows to evaluate on, and the texts of them all."""
 
     calibration: Batches
     evaluation: Batches
+    texts: Callable[[], Any]  # (dataset, column), or strings
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -73,8 +67,8 @@ def load_data(
     models one truncated row per text.
 
     Raises:
-        ValueError: no text can be prepared for such a model, or none so long; a column is missing or cannot be guessed;
-            a label is unknown; the tokenizer does not fit the model or the text; too few rows.
+        ValueError: text cannot be prepared for such a model, or not of that length; a column is missing or cannot be
+            guessed; a label is unknown; the tokenizer does not fit the model or the text; there are too few rows.
         FileNotFoundError: no such file or dataset.
     """
     encode, limit = _encoder(model, sequence_length)
@@ -92,9 +86,18 @@ def load_data(
     rest = [i for i in range(len(rows)) if i not in chosen]
     calibration = [rest[i] for i in even_positions(len(rest), samples, seed)]
     generator = torch.Generator().manual_seed(seed)
-    return Parts(
-        *(_collate(model, tokenizer, [rows[i] for i in part], generator) for part in (calibration, evaluation))
+    first, second = (
+        _collate(model, tokenizer, [rows[i] for i in part], generator) for part in (calibration, evaluation)
     )
+    return Parts(first, second, partial(_plain_texts, data, source, tokenizer, rows))
+
+
+def _plain_texts(data: Dataset, source: Source, tokenizer: Any, rows: Rows) -> Any:
+    """The texts of all rows: a column; of chats and of pairs of texts what the rows were tokenised from."""
+    column, pairs = text_column(data, source), isinstance(rows[0].get("labels"), list)
+    if column != MESSAGES and not pairs:
+        return data, column
+    return [tokenizer.decode(row[name]) for row in rows for name in ("input_ids", "labels") if name in row]
 
 
 def check_reads_text(model: PreTrainedModel) -> None:
@@ -112,7 +115,7 @@ def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
 
 
 def _check_tokens(model: PreTrainedModel, tokenizer: Any, rows: Rows, name: str) -> None:
-    """Raise ValueError for empty texts, for token ids that the model has not, and for text of unknown words."""
+    """Raise ValueError for empty texts, for token ids that the model does not have, and for text of unknown words."""
     empty = [i for i, row in enumerate(rows) if not row["input_ids"]]
     if empty:
         raise ValueError(
@@ -127,7 +130,7 @@ def _check_tokens(model: PreTrainedModel, tokenizer: Any, rows: Rows, name: str)
         )
     unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
     if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # there are none, or they cannot be told from separators
+        return  # no unknown token, or one that also separates texts
     few = rows[:: len(rows) // EVALUATION_ROWS + 1]
     words = [i for row in few for i in row["input_ids"] if i == unknown or i not in special]
     if words and words.count(unknown) >= UNKNOWN_SHARE * len(words):
@@ -165,7 +168,7 @@ def read(source: Source) -> Dataset:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """What it logs of an error that it also raises is said twice."""
+    """Keep datasets from logging the errors that it raises as well."""
     from datasets import logging
 
     before = logging.get_verbosity()
@@ -192,6 +195,8 @@ def _load(source: Source, path: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Task:
+    """What rows of tokens are made of: the text, and the model, tokenizer and tokens a row that they are made for."""
+
     source: Source
     model: PreTrainedModel
     tokenizer: Any
@@ -276,7 +281,7 @@ def _packed(task: Task, data: Dataset) -> Rows:
 
 
 def text_column(data: Dataset, source: Source) -> str:
-    """The asked text column, or the one that can only be meant: a usual name, or the only column of strings."""
+    """The text column that was asked for, else one of a usual name, else the only column of strings."""
     if source.text_column is None and MESSAGES in data.column_names:
         return MESSAGES
     strings = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
@@ -359,7 +364,7 @@ def _some(values: Sequence[str]) -> str:
 
 
 def _collate(model: PreTrainedModel, tokenizer: Any, rows: Rows, generator: torch.Generator) -> Batches:
-    """Padded batches, rows of like length together."""
+    """Padded batches, each of rows of similar length."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     batches = [_pad(model, tokenizer, rows[i : i + BATCH_SIZE]) for i in range(0, len(rows), BATCH_SIZE)]
     if type(model).__name__.endswith("ForMaskedLM"):

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, or multiply-adds of one example, from its anatomy; latency from a table handed in.
+"""What a model costs: parameters, bytes, or multiply-adds of one example, from its anatomy; latency from a table.
 
 MACs of T tokens: every matrix with the head, plus 2·T·N·H a query token for attention scores and values (no causal
 halving); look-ups, norms and softmax count 0; encoder-decoder: T tokens on both sides.
@@ -6,111 +6,129 @@ halving); look-ups, norms and softmax count 0; encoder-decoder: T tokens on both
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..model.anatomy import Anatomy
-from ..plan import PruningPlan, SiteKey
-from ..model.sites import Site
+from ..model.sites import Counts, Site
+from ..plan import PruningPlan, Where
+
+Sizes = Mapping[Where, Counts]  # place -> axis -> units, as in `Anatomy.sizes`; layers whose sites are missing are gone
 
 
 class SiteCost(Protocol):
-    """Cost of one site with a number of query heads or neurons, and of KV heads."""
+    """Cost of one site with so many units of its axes."""
 
-    def site(self, units: int, kv_heads: int) -> float: ...
+    def site(self, counts: Counts) -> float: ...
 
 
 @dataclass(frozen=True)
-class UnitCost:
-    """Cost of one query head or neuron, and of one KV head without its query heads."""
+class Product:
+    """Elements of the tensors of a site, each a product over its dimensions; and what is compared, for each pair."""
 
-    unit: float
-    kv: float
+    of: Site
+    factor: float
+    matrices: bool
+    pairs: float = 0.0
 
-    def site(self, units: int, kv_heads: int) -> float:
-        return units * self.unit + kv_heads * self.kv
+    def site(self, counts: Counts) -> float:
+        return self.factor * self.of.elements(counts, self.matrices) + self.pairs * self.of.compared(counts)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """The cost of every site and of what cannot be removed. Total = fixed + the sites."""
+    """The cost of every site, of the rest of every layer, of a token of the vocabulary, and of what always stays."""
 
     metric: str
     fixed: float
-    units: Mapping[SiteKey, SiteCost]
+    units: Mapping[Where, SiteCost]
+    layers: Mapping[Where, float] = field(default_factory=dict)  # (stack, layer) -> beside its sites
+    token: float = 0.0
 
-    def total(self, counts: Mapping[SiteKey, tuple[int, int]]) -> float:
-        """Cost with (query heads or neurons, KV heads) per site."""
-        return self.fixed + sum(self.units[key].site(*count) for key, count in counts.items())
+    def total(self, sizes: Sizes) -> float:
+        return self.wide(sizes) + sum(self.units[key].site(counts) for key, counts in sizes.items() if len(key) == 3)
+
+    def wide(self, sizes: Sizes) -> float:
+        """The cost of all but the sites."""
+        kept = {key[:2] for key in sizes if len(key) == 3}
+        rest = sum(self.layers.get(key, 0.0) for key in kept)
+        return self.fixed + rest + self.token * sizes.get((), {}).get("tokens", 0)
 
 
-def dense_counts(anatomy: Anatomy) -> dict[SiteKey, tuple[int, int]]:
-    return {s.key: (s.heads, s.kv_heads) if s.is_attention else (s.columns, 0) for s in anatomy.sites}
-
-
-def planned_counts(anatomy: Anatomy, plan: PruningPlan) -> dict[SiteKey, tuple[int, int]]:
-    """Counts that a plan leaves, per site."""
-    counts = {}
+def planned_sizes(anatomy: Anatomy, plan: PruningPlan) -> Sizes:
+    """Units that a plan leaves, by place."""
+    sizes: dict[Where, Counts] = {e.where: {e.axis.name: e.of} for e in anatomy.extents}
+    sizes |= {k.where: {k.axis: len(k.kept)} for k in plan.kept if len(k.where) < 3}
     for site in anatomy.sites:
-        chosen = plan[site.key]
-        share = site.heads // site.kv_heads if site.is_attention else 1
-        if chosen.unit == "kv_group":
-            counts[site.key] = (len(chosen.kept) * share, len(chosen.kept))
-        elif chosen.unit == "head":
-            counts[site.key] = (len(chosen.kept), len({head // share for head in chosen.kept}))
-        else:
-            counts[site.key] = (len(chosen.kept), 0)
-    return counts
+        chosen = plan.get(site.key)
+        if chosen is not None:
+            sizes[site.key] = {a: len(units) for a, units in site.expand(chosen.axis, chosen.kept).items()}
+    return sizes
 
 
-def params(anatomy: Anatomy, scope: str = "blocks") -> CostModel:
+def params(anatomy: Anatomy, sequence_length: int = 0, scope: str = "blocks") -> CostModel:
     """Parameters; scope "blocks" leaves embeddings and heads out."""
-    units = {site.key: UnitCost(site.unit_params, site.kv_params) for site in anatomy.sites}
-    total = anatomy.block_params if scope == "blocks" else anatomy.total_params
-    return _with_fixed("params", anatomy, units, total)
+    whole = scope == "model"
+    return _with_fixed(
+        anatomy,
+        anatomy.total_params if whole else anatomy.block_params,
+        CostModel("params", 0, _products(anatomy), token=anatomy.token_params if whole else 0),
+    )
+
+
+def file_bytes(anatomy: Anatomy, sequence_length: int = 0, scope: str = "model") -> CostModel:
+    """Bytes of the saved weights in their dtype."""
+    size = anatomy.total_bytes / anatomy.total_params
+    whole = CostModel("bytes", 0, _products(anatomy, size), token=size * anatomy.token_params)
+    return _with_fixed(anatomy, anatomy.total_bytes, whole, size)
 
 
 def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostModel:
     """Multiply-adds of one example of `sequence_length` tokens (vision: of one image)."""
-    tokens = anatomy.tokens(sequence_length)
-    units = {site.key: _unit_macs(site, tokens) for site in anatomy.sites}
-    fixed = anatomy.other_macs_token * tokens
-    if scope == "model":
-        fixed += anatomy.outside_macs_token * tokens + anatomy.outside_macs_example
-    return CostModel("macs", fixed, units)
+    tokens, whole = anatomy.tokens(sequence_length), scope == "model"
+    units = {
+        site.key: Product(site, tokens, matrices=True, pairs=tokens**2) if site.active else Product(site, 0, True)
+        for site in anatomy.sites
+    }
+    layers = {key: elements * tokens for key, elements in anatomy.layer_weights.items()}
+    head = anatomy.token_weights * tokens
+    outside = anatomy.outside_macs_token * tokens + anatomy.outside_macs_example
+    everything = anatomy.sizes.get((), {}).get("tokens", 0)
+    return CostModel("macs", outside - head * everything if whole else 0, units, layers, head if whole else 0)
 
 
-COSTS = {"macs": macs, "params": lambda anatomy, sequence_length, scope: params(anatomy, scope)}
+COSTS: Mapping[str, Callable[[Anatomy, int, str], CostModel]] = {"macs": macs, "params": params, "bytes": file_bytes}
 
 
 def cost_model(
     anatomy: Anatomy, metric: str, sequence_length: int, scope: str, measured: CostModel | None = None
 ) -> CostModel:
-    """The costs of a metric; those of "latency" are `measured` (see `hf_prune.decide.latency`) and only handed on."""
+    """The costs of a metric; those of "latency" are `measured` (see `decide.latency`) and only handed on."""
     if metric == "latency":
         if measured is None:
-            raise ValueError("metric='latency' needs measured costs: hand in hf_prune.decide.latency.latency_table(...).")
+            raise ValueError("metric='latency' needs measured costs: hand in decide.latency.latency_table(...).")
         return measured
     return COSTS[metric](anatomy, sequence_length, scope)
 
 
-def report(anatomy: Anatomy, counts: Mapping[SiteKey, tuple[int, int]], sequence_length: int) -> dict[str, float]:
+def report(anatomy: Anatomy, sizes: Sizes, sequence_length: int) -> dict[str, float]:
     """MACs and parameters in both scopes."""
     return {
-        f"{metric}_{scope}": cost_model(anatomy, metric, sequence_length, scope).total(counts)
-        for metric in COSTS
+        f"{metric}_{scope}": cost_model(anatomy, metric, sequence_length, scope).total(sizes)
+        for metric in ("macs", "params")
         for scope in ("model", "blocks")
     }
 
 
-def _unit_macs(site: Site, tokens: int) -> UnitCost:
-    if not site.active:
-        return UnitCost(0, 0)
-    scores = 2 * tokens * tokens * site.head_dim if site.is_attention else 0
-    return UnitCost(tokens * site.unit_weights + scores, tokens * site.kv_weights)
+def _products(anatomy: Anatomy, factor: float = 1.0) -> dict[Where, SiteCost]:
+    return {site.key: Product(site, factor, matrices=False) for site in anatomy.sites}
 
 
-def _with_fixed(metric: str, anatomy: Anatomy, units: dict[SiteKey, UnitCost], total: float) -> CostModel:
-    removable = CostModel(metric, 0, units).total(dense_counts(anatomy))
-    return CostModel(metric, total - removable, units)
+def _with_fixed(anatomy: Anatomy, total: float, costs: CostModel, factor: float = 1.0) -> CostModel:
+    """Costs whose layers and fixed part make up what is known in all."""
+    layers = {key: factor * params for key, params in anatomy.layer_params.items()}
+    for site in anatomy.sites:
+        layers[site.key[:2]] -= costs.units[site.key].site(site.sizes)
+    partial = CostModel(costs.metric, 0, costs.units, layers, costs.token)
+    return CostModel(costs.metric, total - partial.total(anatomy.sizes), costs.units, layers, costs.token)

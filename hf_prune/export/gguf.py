@@ -69,12 +69,12 @@ def to_gguf(
     Args:
         processing_class: the tokenizer; it is written into the file.
         dtype: "f16" or "f32" of the matrices; norms stay in fp32.
-        pre_tokenizer: llama.cpp's name of how the tokenizer splits text; default: read off the tokenizer.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits text; default: read off the tokenizer.
 
     Raises:
-        ValueError: a family or a tokenizer that llama.cpp has not, or layers of different sizes in one for which it
-            has no architecture. FileExistsError: the file is there. IsADirectoryError, NotADirectoryError: the path is
-            a directory, or lies in a file. ImportError: no gguf package.
+        ValueError: a family or a tokenizer that llama.cpp does not have, or layers of different sizes in a family for
+            which it has no such architecture. FileExistsError: the file is there. IsADirectoryError,
+            NotADirectoryError: the path is a directory, or lies in a file. ImportError: no gguf package.
     """
     path = _target(path, overwrite)
     try:
@@ -138,17 +138,17 @@ def _depth(model: PreTrainedModel) -> int:
 def _by_layer(model: PreTrainedModel) -> dict[str, list[int]]:
     """Query heads, KV heads and FFN width of every layer."""
     sites: list[Site] = sorted(describe(model).sites, key=lambda site: site.layer)
-    attention = [site for site in sites if site.is_attention]
+    attention = [site for site in sites if site.kind == "attention"]
     return {
-        "head_count": [site.heads for site in attention],
-        "head_count_kv": [site.kv_heads for site in attention],
-        "feed_forward_length": [site.columns for site in sites if not site.is_attention],
+        "head_count": [site.sizes["heads"] for site in attention],
+        "head_count_kv": [site.sizes["kv_groups"] for site in attention],
+        "feed_forward_length": [site.columns for site in sites if site.kind == "ffn"],
     }
 
 
 def _sizes(writer: Any, model: PreTrainedModel) -> None:
     config: Any = model.config.get_text_config()
-    head_dim = next(site.head_dim for site in describe(model).sites if site.is_attention)
+    head_dim = next(site.widths["heads"] for site in describe(model).sites if site.kind == "attention")
     writer.add_name(Path(config._name_or_path).name or "pruned")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -2,8 +2,8 @@
 
 Two fused operators are taken apart again. `SkipLayerNormalization` (a residual sum and a layer norm): its kernel is
 slower than the operators it stands for (`examples/onnx_residual_norms.py` says whether it still is). ONNX Runtime fuses
-an `Add` and a `LayerNormalization` again when it opens a graph; a `Sum` it leaves alone. `Attention` with its
-projections inside: dynamic quantisation passes it by; taken out, they are a `MatMul` like others.
+an `Add` and a `LayerNormalization` again when it opens a graph, but not a `Sum`. `Attention` with its projections
+inside: dynamic quantisation skips it; taken out, the projections are a `MatMul` that is quantised like any other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CpuKernels(ExportQuantizer):
 
 
 def take_apart(model: ir.Model, fused: str, parts: Callable[[ir.tape.Tape, ir.Node], Parts]) -> None:
-    """Each `fused` operator of ONNX Runtime's own domain as `parts` builds it; empty parts leave it."""
+    """Replace each `fused` operator of ONNX Runtime's own domain by what `parts` builds; without parts it stays."""
     for node in list(model.graph):
         if (node.domain, node.op_type) != ("com.microsoft", fused):
             continue
@@ -63,7 +63,7 @@ def residual_norm(tape: ir.tape.Tape, node: ir.Node) -> Parts:
 
 
 def projected_attention(tape: ir.tape.Tape, node: ir.Node) -> Parts:
-    """Attention(x, weights, bias, mask, past, scores' bias) -> (attended); left alone with a mask or a past of its own.
+    """Attention(x, weights, bias, mask, past, scores' bias) -> (attended); not where it has a mask or a past.
 
     weights: (hidden, q + k + v), a constant or a Concat of three.
     """
@@ -84,7 +84,7 @@ def projected_attention(tape: ir.tape.Tape, node: ir.Node) -> Parts:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """What is known before the graph runs, of a Concat too."""
+    """The value of a constant, or of a Concat of constants; None for what only a run of the graph gives."""
     if value is None:
         return None
     if value.const_value is not None:

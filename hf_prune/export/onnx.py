@@ -1,8 +1,8 @@
 """A model as an ONNX graph for ONNX Runtime, in any shapes, in its own precision or with INT8 weights.
 
 transformers' own exporter does the work: one graph for a classifier or an encoder; for a model that generates, one for
-the prompt and one for each token after it, with the cache. Nothing stays under the final name that ONNX Runtime does
-not reproduce.
+the prompt and one for each token after it, with the cache. Only a graph whose outputs ONNX Runtime reproduces gets the
+final name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import find_labels
 
-from ..model.anatomy import quiet
 from ..checkpoint.directory import beside, refuse_full
 from ..checkpoint.proof import proof_inputs
-from ..report.measure import cache_argument
+from ..model.probe import cache_argument
+from ..model.weights import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def to_onnx(
     processing_class: Any = None,
     overwrite: bool = False,
 ) -> float:
-    """Write `model.onnx` (of a language model one graph for the prompt, one for the tokens after it) and prove it.
+    """Write `model.onnx` (for a language model one graph for the prompt, one for each token after it) and compare it.
 
     Args:
         batches: inputs to compare on; default: rows kept by prune(), else random tokens.
@@ -82,7 +82,7 @@ def to_onnx(
 
 
 def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without labels, and with token_type_ids where the model tells kinds of tokens apart, as its tokenizer does."""
+    """The inputs without labels, and with the token_type_ids that the tokenizer gives where the model reads them."""
     labels = find_labels(type(model))
     given = {name: tensor for name, tensor in inputs.items() if name not in labels}
     if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in given:
@@ -92,7 +92,7 @@ def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The exporter's steps, and what it says of its own parts, mean nothing to users; errors pass."""
+    """Silence the exporter, whose notes on its own steps mean nothing to users. Errors are still raised."""
     disabled = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,7 +105,10 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """An encoder's attention as products and a softmax, which become one operator; sdpa clears keyless rows besides."""
+    """Attention of an encoder as products and a softmax, which become one operator.
+
+    With sdpa the graph would also hold operators that clear rows without keys.
+    """
     before = model.config._attn_implementation
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         model.set_attn_implementation("eager")
@@ -134,7 +137,7 @@ def _exporter(int8: bool) -> tuple[Any, Any]:
 
 
 def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float:
-    """Of the outputs, and where the model generates, of the token after the prompt too. inputs: of the torch model."""
+    """The largest relative difference of the outputs; where the model generates, also of the token after the prompt."""
     from transformers.exporters import ExportedModel
 
     exported: Any = ExportedModel.from_pretrained(directory)
@@ -152,7 +155,7 @@ def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float
 
 
 def _step(runner: Any, inputs: Mapping[str, torch.Tensor], cached: Mapping[str, Any]) -> Any:
-    """One graph of a language model, told the positions where it asks for them."""
+    """Run one graph of a language model, with position ids where the graph takes them."""
     if "position_ids" in runner.metadata.kwargs:
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         inputs = {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
@@ -160,5 +163,6 @@ def _step(runner: Any, inputs: Mapping[str, torch.Tensor], cached: Mapping[str, 
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value (or to 1 where that is less). Both of the same shape."""
     a, b = ours.float().cpu(), theirs.float().cpu()
     return ((a - b).abs().max() / a.abs().max().clamp_min(1.0)).item()

@@ -1,106 +1,101 @@
-"""Slice a model to the units that a plan keeps: tensors and the module attributes that hold counts."""
+"""Cut a model to the units that a plan keeps: one loop over the tensors that an axis runs along.
+
+Shapes: S kept units, w entries of a unit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .families import FFN, Attention
-from .sites import Site, get, input_axis, output_axis, ups
+from .axes import Part
+from .sites import Counts, Site, module_of, tensor_of
+
+SIZES = {  # attributes of modules that repeat a dimension of their weight
+    "Linear": {"out_features": 0, "in_features": 1},
+    "Conv1D": {"nx": 0, "nf": 1},
+    "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
+    "Conv1d": {"out_channels": 0, "in_channels": 1},
+    "Conv2d": {"out_channels": 0, "in_channels": 1},
+    "BatchNorm1d": {"num_features": 0},
+    "BatchNorm2d": {"num_features": 0},
+}
+
+
+def cut_(layer: nn.Module, site: Site, axis: str, kept: Sequence[int]) -> None:
+    """Remove all but the `kept` units of one axis of a site from its layer, in place."""
+    left = site.expand(axis, kept)
+    for part in site.parts:
+        if any(axis in left for axis in part.axes):
+            slice_(layer, part.tensor, index_of(part, left, site.sizes, site.widths), part.dim)
+    for count in site.row.counts:
+        _set_count_(layer, count.attribute, len(left[count.axis]), site, count.of, left)
+    if site.row.config_view:
+        module: Any = layer.get_submodule(site.row.config_view)
+        module.config = LayerConfig(module.config, {a.config: len(left[a.name]) for a in site.row.axes})
+
+
+def _set_count_(
+    layer: nn.Module, path: str, units: int, site: Site, of: str, left: Mapping[str, Sequence[int]]
+) -> None:
+    owner, _, name = path.rpartition(".")
+    groups = max(len(left[site.outer.name]), 1)
+    value = {"units": units, "columns": units * site.widths[site.inner.name], "each": units // groups}[of]
+    setattr(layer.get_submodule(owner), name, value)
+
+
+def index_of(part: Part, kept: Mapping[str, Sequence[int]], sizes: Counts, widths: Counts) -> torch.Tensor:
+    """The entries along a part's dimension that remain when these units of its axes do."""
+    start, found = 0, []
+    for axis in part.axes:
+        width = part.entries(axis, widths)
+        units = kept[axis] if axis in kept else range(sizes[axis])
+        found.append(start + columns_of(units, width))
+        start += sizes[axis] * width
+    return torch.cat(found)
+
+
+def columns_of(units: Sequence[int], width: int) -> torch.Tensor:
+    """Indices [S*w] of consecutive blocks of `width`."""
+    return (torch.tensor(list(units), dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+
+
+def kept_columns(site: Site, axis: str, kept: Sequence[int]) -> torch.Tensor:
+    """Input columns [S*w] of the consumer that remain when these units of an axis do."""
+    return columns_of(site.expand(axis, kept)[site.inner.name], site.widths[site.inner.name])
+
+
+def cut_arguments(arguments: Mapping[str, Any], site: Site, axis: str, kept: Sequence[int]) -> dict[str, Any]:
+    """What a layer is called with, for the layer that is cut so; nothing is changed in place."""
+    left, given = site.expand(axis, kept), dict(arguments)
+    for argument in site.row.arguments:
+        value = given.get(argument.name)
+        if isinstance(value, torch.Tensor):
+            index = torch.tensor(left[argument.axis], device=value.device)
+            given[argument.name] = value.index_select(argument.dim, index)
+    return given
 
 
 @torch.no_grad()
-def slice_(module: Any, index: torch.Tensor, axis: int) -> None:
-    """Keep `index` [S] of a matrix (or embedding) along a weight axis, its bias along with the outputs. In place."""
-    embedding = isinstance(module, nn.Embedding)
-    index = index.to(module.weight.device)
-    put_(module, "weight", module.weight.index_select(axis, index))
-    outputs = not embedding and axis == output_axis(module)
-    if outputs and module.bias is not None:
-        put_(module, "bias", module.bias.index_select(0, index))
-    if embedding:
-        module.embedding_dim = len(index)
-    elif type(module).__name__ == "Conv1D":
-        module.nx, module.nf = module.weight.shape
-    else:
-        module.out_features, module.in_features = module.weight.shape
+def slice_(root: nn.Module, path: str, index: torch.Tensor, dim: int) -> None:
+    """Keep `index` of a parameter or buffer along a dimension, in place; its module then says the new size."""
+    module: Any = root.get_submodule(module_of(path))
+    old = tensor_of(root, path)
+    put_(module, path.rpartition(".")[2], old.index_select(dim, index.to(old.device)))
+    for name, axis in SIZES.get(type(module).__name__, {}).items() if path.endswith("weight") else ():
+        setattr(module, name, module.weight.shape[axis])
 
 
 @torch.no_grad()
 def put_(module: Any, name: str, value: torch.Tensor) -> None:
-    """A new parameter in place of an old one, which stays as it is for whoever undoes the cut (see `undo`)."""
+    """A new tensor in place of an old one, which stays as it is for whoever undoes the cut (see `undo`)."""
     old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
-
-
-def columns_of(units: Sequence[int], width: int) -> torch.Tensor:
-    """Column indices [S*width] of consecutive blocks of `width`."""
-    return (torch.tensor(list(units))[:, None] * width + torch.arange(width)).flatten()
-
-
-def kept_heads(site: Site, unit: str, kept: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Query heads and KV heads that remain when `kept` heads or KV groups do.
-
-    Raises:
-        ValueError: heads that leave the remaining KV groups with different numbers of query heads.
-    """
-    share = site.heads // site.kv_heads
-    if unit == "kv_group":
-        return [g * share + j for g in kept for j in range(share)], list(kept)
-    groups = sorted({head // share for head in kept})
-    if len({sum(head // share == g for head in kept) for g in groups}) != 1:
-        raise ValueError(f"{site.name}: every remaining KV group must keep the same number of query heads, got {kept}.")
-    return list(kept), groups
-
-
-def kept_columns(site: Site, unit: str, kept: Sequence[int]) -> torch.Tensor:
-    """Input columns of the consumer that remain. [S*H] or [S]."""
-    if not site.is_attention:
-        return torch.tensor(list(kept))
-    return columns_of(kept_heads(site, unit, kept)[0], site.head_dim)
-
-
-def cut_(layer: nn.Module, site: Site, unit: str, kept: Sequence[int]) -> None:
-    """Remove all but the `kept` units of one site from its layer, in place."""
-    if isinstance(site.row, Attention):
-        _cut_attention_(layer, site, site.row, *kept_heads(site, unit, kept))
-    else:
-        _cut_ffn_(layer, site, site.row, torch.tensor(list(kept)))
-
-
-def _cut_attention_(layer: nn.Module, site: Site, row: Attention, heads: list[int], groups: list[int]) -> None:
-    q, kv = columns_of(heads, site.head_dim), columns_of(groups, site.head_dim)
-    if row.q == row.k:
-        offset = site.heads * site.head_dim
-        fused = torch.cat([q, offset + kv, offset + site.kv_heads * site.head_dim + kv])
-        slice_(get(layer, row.q), fused, output_axis(get(layer, row.q)))
-    else:
-        for path, index in ((row.q, q), (row.k, kv), (row.v, kv)):
-            slice_(get(layer, path), index, output_axis(get(layer, path)))
-    out = get(layer, row.out)
-    slice_(out, q, input_axis(out))
-    embedding = dict(layer.named_modules()).get(row.head_embedding or "")
-    if isinstance(embedding, nn.Embedding):
-        slice_(embedding, torch.tensor(heads), 1)
-    counts = {"heads": len(heads), "kv_heads": len(groups), "groups": len(heads) // len(groups), "columns": len(q)}
-    module = get(layer, row.module)
-    for attribute, meaning in row.attributes.items():
-        setattr(module, attribute, counts[meaning])
-    if row.reads_config:
-        module.config = LayerConfig(module.config, {row.heads_key: len(heads)})
-
-
-def _cut_ffn_(layer: nn.Module, site: Site, row: FFN, kept: torch.Tensor) -> None:
-    rows = torch.cat([kept, site.columns + kept]) if row.gate_up else kept
-    for path in ups(layer, row):
-        slice_(get(layer, path), rows, output_axis(get(layer, path)))
-    down = get(layer, row.down)
-    slice_(down, kept, input_axis(down))
-    for attribute in row.attributes:
-        setattr(get(layer, row.module or ""), attribute, len(kept))
+    value = value.to(old.dtype).contiguous()
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
 
 
 class LayerConfig:

@@ -1,44 +1,44 @@
-"""The prunable places of a live model, resolved from its family row and sized by its weights.
+"""The prunable places of a live model: family rows resolved on its modules, sized by its weights.
 
-Shapes: N query heads, G KV heads, H head dim, F FFN width, D hidden width.
+Shapes: U units of an axis, D hidden width.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
-from .families import FFN, Attention, Family, Stack
+from .axes import Axis, Family, Part, Stack, Sublayer
+
+Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the model
+Counts = Mapping[str, int]  # axis -> units
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place with prunable units.
-
-    `columns` is the input width of the consumer: N*H or F. Weights count matrix elements, params also biases and
-    embeddings; each is what one unit (a query head, a KV head without its query heads, a neuron) takes with it.
-    """
+    """A sublayer of a live model: its axes, outermost first, with their sizes, and the tensors that they run along."""
 
     stack: str
     layer: int
     kind: str
     path: str  # of the layer in the model
-    row: Attention | FFN
-    columns: int
-    heads: int  # N; 0 for an FFN
-    kv_heads: int  # G; 0 for an FFN
-    unit_weights: int
-    unit_params: int
-    kv_weights: int
-    kv_params: int
-    has_bias: bool  # of the consumer
-    active: bool = True  # False: this model class never runs it (cross-attention of a lone decoder)
+    row: Sublayer
+    sizes: Counts
+    widths: Counts  # axis -> entries of a unit
+    parts: tuple[Part, ...]  # those of the row that are here
+    shapes: Mapping[str, tuple[int, ...]]  # of the parameters among their tensors
+    active: bool = True  # False: this model never runs it (cross-attention of a lone decoder)
+    has_bias: bool = False  # of the consumer
 
     @property
-    def key(self) -> tuple[str, int, str]:
+    def key(self) -> Where:
         return (self.stack, self.layer, self.kind)
 
     @property
@@ -46,19 +46,105 @@ class Site:
         return f"{self.stack} layer {self.layer} {self.kind}"
 
     @property
-    def is_attention(self) -> bool:
-        return isinstance(self.row, Attention)
+    def inner(self) -> Axis:
+        """The axis that the consumer's inputs run along."""
+        return self.row.axes[-1]
 
     @property
-    def head_dim(self) -> int:
-        return self.columns // self.heads if self.heads else 1
+    def outer(self) -> Axis:
+        """The axis whose units hold several of `inner`; where there is none, `inner` itself."""
+        return self.row.axes[0]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Number of units by unit name."""
-        if not self.is_attention:
-            return {"neuron": self.columns}
-        return {"head": self.heads, "kv_group": self.kv_heads}
+    def share(self) -> int:
+        """Units of `inner` in each of `outer`."""
+        return self.sizes[self.inner.name] // self.sizes[self.outer.name]
+
+    @property
+    def consumer(self) -> str:
+        """The module whose input columns the units are."""
+        return module_of(self._read.tensor)
+
+    @property
+    def _read(self) -> Part:
+        return next(part for part in self.parts if part.role == "reads")
+
+    @property
+    def columns(self) -> int:
+        """Input columns of the consumer."""
+        return self.shapes[self._read.tensor][self._read.dim]
+
+    def axis(self, name: str) -> Axis | None:
+        """The axis of this name, or the one that it is another word for."""
+        return next((axis for axis in self.row.axes if name in (axis.name, axis.alias)), None)
+
+    def along_with(self, axis: str) -> set[str]:
+        """The axes whose units go with a unit of this one: what it holds, and what holds nothing else."""
+        alone = axis == self.inner.name and self.share > 1
+        return {axis} if alone else {self.outer.name, self.inner.name}
+
+    def counts(self, groups: int, each: int) -> Counts:
+        """The sizes with so many units of `outer`, and so many of `inner` in each of them."""
+        return {self.outer.name: groups, self.inner.name: groups * each}
+
+    def expand(self, axis: str, kept: Sequence[int]) -> dict[str, list[int]]:
+        """What remains of every axis when these units of one do.
+
+        Raises:
+            ValueError: units that leave the remaining ones of the parent with different numbers.
+        """
+        outer, inner, share = self.outer.name, self.inner.name, self.share
+        if outer != inner and self.axis(axis) is self.outer:
+            return {outer: list(kept), inner: [group * share + j for group in kept for j in range(share)]}
+        groups = sorted({unit // share for unit in kept})
+        if len({sum(unit // share == group for unit in kept) for group in groups}) > 1:
+            raise ValueError(
+                f"{self.name}: all remaining {outer} must keep the same number of {inner}, got {list(kept)}."
+            )
+        return {outer: groups, inner: list(kept)}
+
+    def resized(self, counts: Counts) -> Site:
+        """The site with so many units."""
+        shapes = {tensor: [*shape] for tensor, shape in self.shapes.items()}
+        for part in self.parts:
+            if part.tensor in shapes:
+                entries = sum(counts[axis] * part.entries(axis, self.widths) for axis in part.axes)
+                shapes[part.tensor][part.dim] = entries
+        return replace(self, sizes=dict(counts), shapes={tensor: tuple(shape) for tensor, shape in shapes.items()})
+
+    @cached_property
+    def _products(self) -> tuple[tuple[int, bool, tuple[Mapping[str, float], ...]], ...]:
+        """Of each tensor: its elements, whether it is a matrix, and of each of its dimensions the share of a unit."""
+        found = []
+        for tensor in dict.fromkeys(part.tensor for part in self.parts if part.tensor in self.shapes):
+            here = [part for part in self.parts if part.tensor == tensor]
+            is_matrix = any(part.role != "carries" for part in here)
+            found.append((math.prod(self.shapes[tensor]), is_matrix, tuple(self._shares(part) for part in here)))
+        return tuple(found)
+
+    def _shares(self, part: Part) -> dict[str, float]:
+        entries = {axis: part.entries(axis, self.widths) for axis in part.axes}
+        total = max(sum(self.sizes[axis] * entries[axis] for axis in part.axes), 1)
+        return {axis: part.axes.count(axis) * entries[axis] / total for axis in entries}
+
+    def elements(self, counts: Counts, matrices: bool = False) -> float:
+        """Elements of all parameters (of the matrices alone) with so many units: a product over their dimensions."""
+        return sum(
+            size * math.prod(sum(counts[axis] * share for axis, share in shares.items()) for shares in dimensions)
+            for size, is_matrix, dimensions in self._products
+            if is_matrix or not matrices
+        )
+
+    def compared(self, counts: Counts) -> float:
+        """Columns that a token is compared by, and what is summed over: multiply-adds for each pair of tokens."""
+        return sum(2 * counts[axis.name] * self.widths[axis.name] for axis in self.row.axes if axis.mixes)
+
+
+def module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+# --- resolving a row -------------------------------------------------------------------------------------------------
 
 
 def find_sites(model: Any, family: Family) -> list[Site]:
@@ -68,56 +154,115 @@ def find_sites(model: Any, family: Family) -> list[Site]:
             f"add_cross_attention=True on {family.model_type!r}: cross-attention is only known for "
             "encoder-decoder families. Prune the encoder and the decoder before you join them."
         )
-    names = {id(module): name for name, module in model.named_modules()}
-    sites = []
-    for stack in family.stacks:
-        layers = _layers(model, stack)
-        for index, layer in enumerate(layers or ()):
-            path = names[id(layer)]
-            rows = (_placed(row, family, model.config) for row in stack.sublayers)
-            sites += [_site(model, layer, path, stack.name, index, row) for row in rows]
-    if not sites:
+    stacks = live_stacks(model, family)
+    if not stacks:
         wanted = ", ".join(stack.layers for stack in family.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
-    return sites
+    names = {stack.name for stack, _ in stacks}
+    return [
+        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names)
+        for stack, path in stacks
+        for index, layer in enumerate(model.get_submodule(path))
+        for row in stack.sublayers
+    ]
 
 
-def _placed(row: Attention | FFN, family: Family, config: Any) -> Attention | FFN:
+def live_stacks(model: Any, family: Family) -> list[tuple[Stack, str]]:
+    """The stacks that this class has (T5EncoderModel and BartForCausalLM have one), and the paths of their layers."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for stack in family.stacks:
+        with contextlib.suppress(AttributeError):
+            found.append((stack, names[id(model.base_model.get_submodule(stack.layers))]))
+    return found
+
+
+def _placed(row: Sublayer, family: Family, config: Any) -> Sublayer:
     """The row with its norm behind the sum where this model's config wants it there (OPT-350m)."""
     key = family.post_norm_unless
     return replace(row, norm_place="after") if key and not getattr(config, key) else row
 
 
-def _layers(model: Any, stack: Stack) -> nn.ModuleList | None:
-    """The layers of a stack, or None where the class has no such stack (T5EncoderModel, BartForCausalLM)."""
+def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str]) -> Site:
+    parts = _parts_here(layer, row)
+    tensors = {part.tensor: tensor_of(layer, part.tensor) for part in parts}
+    widths = {axis.name: int(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
+    sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
+    shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    active = all(part.source in (*stacks, "") for part in parts)
+    return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, _consumer_bias(layer, parts))
+
+
+def _consumer_bias(layer: nn.Module, parts: Sequence[Part]) -> bool:
+    return any(find_tensor(layer, f"{module_of(p.tensor)}.bias") is not None for p in parts if p.role == "reads")
+
+
+def _parts_here(layer: nn.Module, row: Sublayer) -> tuple[Part, ...]:
+    """The parts of a row whose tensors this layer has.
+
+    Raises:
+        ValueError: one is missing that every model of the family has, or nothing makes the units of an axis.
+    """
+    here = tuple(part for part in row.parts if find_tensor(layer, part.tensor) is not None)
+    missing = [part.tensor for part in row.parts if part not in here and not part.optional]
+    made = {axis for part in here if part.role == "makes" for axis in part.axes}
+    missing += [f"{axis.name} of {row.kind}" for axis in row.axes if axis.name not in made]
+    if missing:
+        raise ValueError(f"{type(layer).__name__} has no {missing[0]!r}: the family row does not fit this model.")
+    return here
+
+
+def _sizes(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], widths: Counts) -> dict[str, int]:
+    """Units of every axis, from the tensors that it has for itself, then from those that it shares.
+
+    Raises:
+        ValueError: a tensor that whole units do not make up.
+    """
+    sizes: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: len(set(part.axes))):
+        known = sum(sizes[axis] * part.entries(axis, widths) for axis in part.axes if axis in sizes)
+        unknown = {axis for axis in part.axes if axis not in sizes}
+        if len(unknown) == 1:
+            axis = unknown.pop()
+            columns = (shapes[part.tensor][part.dim] - known) // part.axes.count(axis)
+            sizes[axis] = columns // part.entries(axis, widths)
+    for part in parts:
+        entries = sum(sizes.get(axis, 0) * part.entries(axis, widths) for axis in part.axes)
+        if entries != shapes[part.tensor][part.dim]:
+            raise ValueError(
+                f"{part.tensor} has {shapes[part.tensor]} entries, where {sizes} of {widths} columns make {entries} "
+                f"along dimension {part.dim}: the family row does not fit this model."
+            )
+    return sizes
+
+
+# --- tensors and modules by path -------------------------------------------------------------------------------------
+
+
+def find_tensor(module: nn.Module, path: str) -> torch.Tensor | None:
+    """A parameter or buffer by path; None where there is none."""
+    owner, _, name = path.rpartition(".")
     with contextlib.suppress(AttributeError):
-        return model.base_model.get_submodule(stack.layers)
+        found = getattr(module.get_submodule(owner), name)
+        return found if isinstance(found, torch.Tensor) else None
     return None
 
 
-def get(layer: nn.Module, path: str) -> Any:
-    """A submodule of a layer; raises ValueError that names both when the family row does not fit."""
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        raise ValueError(f"{type(layer).__name__} has no {path!r}: the family row does not fit this model.") from None
+def tensor_of(module: nn.Module, path: str) -> torch.Tensor:
+    found = find_tensor(module, path)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} has no {path!r}: the family row does not fit this model.")
+    return found
 
 
-def ups(layer: nn.Module, row: FFN) -> tuple[str, ...]:
-    """The paths of the matrices that produce the neurons: the first alternative of the row that exists."""
-    modules = dict(layer.named_modules())
-    for paths in row.up:
-        if all(path in modules for path in paths):
-            return paths
-    raise ValueError(f"{type(layer).__name__} has none of {row.up}: the family row does not fit this model.")
+def attribute_of(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
 
 
-def readers(layer: nn.Module, site: Site) -> tuple[str, ...]:
-    """The paths of the matrices that read the stream in front of a sublayer (keys and values of cross-attention read
-    the encoder)."""
-    if not isinstance(site.row, Attention):
-        return ups(layer, site.row)
-    return (site.row.q,) if site.kind == "cross_attention" else tuple(dict.fromkeys(site.row.producers))
+def readers(site: Site) -> list[str]:
+    """The modules that read the stream in front of a sublayer (keys of cross-attention read another)."""
+    return list(dict.fromkeys(module_of(p.tensor) for p in site.parts if p.role == "makes" and not p.source))
 
 
 def input_axis(linear: nn.Module) -> int:
@@ -130,48 +275,4 @@ def output_axis(linear: nn.Module) -> int:
 
 
 def consumer(model: nn.Module, site: Site) -> Any:
-    return model.get_submodule(f"{site.path}.{site.row.consumer}")
-
-
-def _site(model: nn.Module, layer: nn.Module, path: str, stack: str, index: int, row: Attention | FFN) -> Site:
-    out = get(layer, row.consumer)
-    columns = out.weight.shape[input_axis(out)]
-    hidden = out.weight.shape[output_axis(out)]
-    heads = kv_heads = kv_weights = kv_params = 0
-    if isinstance(row, Attention):
-        producers = [get(layer, p) for p in row.producers]
-        head_dim = getattr(get(layer, row.module), row.head_dim)
-        rows = [p.weight.shape[output_axis(p)] for p in producers]
-        heads = columns // head_dim
-        kv_heads = (rows[0] - columns) // (2 * head_dim) if row.q == row.k else rows[1] // head_dim
-        inputs = [p.weight.shape[input_axis(p)] for p in producers]
-        biases = [p.bias is not None for p in producers]
-        unit_weights = head_dim * (inputs[0] + hidden)
-        unit_params = unit_weights + head_dim * biases[0] + _embedding_rows(layer, row)
-        kv_weights = head_dim * (inputs[1] + inputs[2])
-        kv_params = kv_weights + head_dim * (biases[1] + biases[2])
-    else:
-        producers = [get(layer, p) for p in ups(layer, row)]
-        rows_a_neuron = 2 if row.gate_up else 1
-        unit_weights = hidden + sum(rows_a_neuron * p.weight.shape[input_axis(p)] for p in producers)
-        unit_params = unit_weights + sum(rows_a_neuron * (p.bias is not None) for p in producers)
-    return Site(
-        stack=stack,
-        layer=index,
-        kind=row.kind,
-        path=path,
-        row=row,
-        columns=columns,
-        heads=heads,
-        kv_heads=kv_heads,
-        unit_weights=unit_weights,
-        unit_params=unit_params,
-        kv_weights=kv_weights,
-        kv_params=kv_params,
-        has_bias=out.bias is not None,
-    )
-
-
-def _embedding_rows(layer: nn.Module, row: Attention) -> int:
-    embedding = dict(layer.named_modules()).get(row.head_embedding or "")
-    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 0
+    return model.get_submodule(f"{site.path}.{site.consumer}")

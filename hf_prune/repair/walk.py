@@ -1,7 +1,9 @@
 """Cut and repair one stack, bottom to top: the dense and the pruned stream advance together, one layer at a time.
 
 Within a layer each sublayer is cut and repaired before the next is looked at, so that every refit sees the inputs that
-the finished model will give it. "The stream" is the residual (pre-norm), or the sum before the norm (post-LN).
+the finished model will give it. "The stream" is the residual (pre-norm), or the sum before the norm (post-LN). Where
+layers go, the last sublayer before them is refitted towards the dense stream behind them (the linear map of ReplaceMe,
+Shopkhoev et al. 2025, section 3, folded into the projection that is there).
 
 Shapes: B examples, T tokens, n real tokens, K input columns of a consumer, D hidden width.
 """
@@ -20,9 +22,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..model import layerwise
-from ..score.statistics import rows_of
+from ..model.cut import cut_, cut_arguments, kept_columns, put_
 from ..model.layerwise import OUTPUT, Stream
-from ..plan import PruningPlan, SiteKey, SitePlan
+from ..model.sites import Site, input_axis, readers
+from ..plan import Kept, PruningPlan, Where
+from ..score.statistics import rows_of
 from .solve import (
     BLENDS,
     TOKENS_A_COLUMN,
@@ -36,8 +40,6 @@ from .solve import (
     shift_bias,
     token_weights,
 )
-from ..model.sites import Site, input_axis, readers
-from ..model.cut import cut_, kept_columns, put_
 
 Sums = TypeVar("Sums")
 Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
@@ -58,26 +60,34 @@ class StackRepair:
     masks: Sequence[torch.Tensor | None]
     held_out: Sequence[torch.Tensor]
     norm_offset: float = 0.0
-    gradients: Mapping[SiteKey, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
+    gradients: Mapping[Where, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
     _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
 
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
-        """Cut and repair all layers in place; one report per cut site."""
-        reports = []
+        """Cut and repair the layers that stay in place; one report per site that is cut, or stands before a gap."""
+        reports: list[dict[str, Any]] = []
+        kept = self.plan.layers(sites[0][0].stack, len(layers))
+        for gone in range(kept[0]):
+            self._advance_dense(gone, layers[gone], sites[gone])
         diverged = any(not torch.equal(a, b) for a, b in zip(self.dense.states, self.pruned.states, strict=True))
-        progress = tqdm(layers, desc=f"cut and repair {sites[0][0].stack}", leave=False)
-        for index, (layer, here) in enumerate(zip(progress, sites, strict=True)):
+        progress = tqdm(kept, desc=f"cut and repair {sites[0][0].stack}", leave=False)
+        for index, following in zip(progress, (*kept[1:], len(layers)), strict=True):
+            layer, here = layers[index], sites[index]
             reads, targets = self._advance_dense(index, layer, here)
+            for gone in range(index + 1, following):
+                targets[here[-1].kind] = self._advance_dense(gone, layers[gone], sites[gone])[1][sites[gone][-1].kind]
             self._advanced = False
             for position, site in enumerate(here):
                 read, wanted = reads.pop(site.kind), targets.pop(site.kind)  # as large as a stream: let go when done
                 realigned = diverged and self.method == "least_squares" and self._realign_(index, layer, site, read)
-                if not self.plan[site.key].is_identity:
+                gap = following - index - 1 if site is here[-1] and self.method == "least_squares" else 0
+                if gap or not self.plan[site.key].is_identity:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
-                    reports.append(report | {"realigned": realigned})
+                    reports.append(report | {"realigned": realigned, "gap": gap})
                     diverged = True
             if not self._advanced:
                 self._advance_pruned(index, layer)
+            diverged = diverged or following > index + 1
         return reports
 
     def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
@@ -85,14 +95,14 @@ class StackRepair:
         norm)."""
         reads: Streams = {site.kind: [] for site in sites}
         targets: Streams = {site.kind: [] for site in sites}
-        first = {site.kind: readers(layer, site)[0] for site in sites}
-        wanted = [path for site in sites for path in {site.row.consumer, _end(site)}]
+        first = {site.kind: readers(site)[0] for site in sites}
+        wanted = [path for site in sites for path in {site.consumer, _end(site)}]
         for batch, state in enumerate(self.dense.states):
             arguments = self.dense.kwargs[index][batch]
             seen = layerwise.run(layer, state, arguments, inputs_of=list(first.values()), outputs_of=wanted)
             for site in sites:
-                if site.row.consumer in seen:
-                    part = _end(site) if site.row.norm_place == "inside" else site.row.consumer
+                if site.consumer in seen:
+                    part = _end(site) if site.row.norm_place == "inside" else site.consumer
                     summed = state + seen[part].view_as(state)
                     state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
                     reads[site.kind].append(seen[first[site.kind]])
@@ -107,7 +117,7 @@ class StackRepair:
     def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
         """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
         fold it into the matrices that read, if held-out error falls."""
-        paths = readers(layer, site)
+        paths = readers(site)
         modules: list[Any] = [layer.get_submodule(path) for path in paths]
         width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
         has_bias = all(module.bias is not None for module in modules)
@@ -131,10 +141,11 @@ class StackRepair:
         """Cut and repair the last of the sublayers `upto`; those before it are done."""
         site = upto[-1]
         planned = self.plan[site.key]
-        consumer = layer.get_submodule(site.row.consumer)
+        consumer = layer.get_submodule(site.consumer)
         calibration, *held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
-        cut_(layer, site, planned.unit, planned.kept)
-        self._cut_arguments(index, site, planned)
+        if not planned.is_identity:
+            cut_(layer, site, planned.axis, planned.kept)
+            self._cut_arguments(index, site, planned)
         result = self._solve(site, matrix_of(consumer), calibration, held_out)
         set_matrix_(consumer, result.weight)
         report = {
@@ -161,10 +172,10 @@ class StackRepair:
     ) -> list[Moments]:
         """Of the rows that the repair is fitted to, and of each held-out set."""
         *done, site = upto
-        kept = kept_columns(site, self.plan[site.key].unit, self.plan[site.key].kept).to(dense.device)
+        kept = kept_columns(site, self.plan[site.key].axis, self.plan[site.key].kept).to(dense.device)
         sums = [Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in range(self._sets)]
         weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
-        path = site.row.consumer
+        path = site.consumer
         weights = token_weights(self.gradients[site.key], self.masks) if site.key in self.gradients else []
         for batch, state in enumerate(self.pruned.states):
             arguments = self.pruned.kwargs[index][batch]
@@ -208,13 +219,10 @@ class StackRepair:
             )
         return refit(weight, calibration, held_out, (0.0,) if site.row.norm_place == "inside" else BLENDS)
 
-    def _cut_arguments(self, index: int, site: Site, planned: SitePlan) -> None:
-        """Slice an argument that carries the heads (T5's position bias) for the layer as it is now cut."""
-        name = getattr(site.row, "head_argument", None)
+    def _cut_arguments(self, index: int, site: Site, planned: Kept) -> None:
+        """Slice what carries units of this axis (T5's position bias) for the layer as it is now cut."""
         for batch, arguments in enumerate(self.pruned.kwargs[index]):
-            if name and isinstance(arguments.get(name), torch.Tensor):
-                heads = torch.tensor(planned.kept, device=arguments[name].device)
-                self.pruned.kwargs[index][batch] = {**arguments, name: arguments[name].index_select(1, heads)}
+            self.pruned.kwargs[index][batch] = cut_arguments(arguments, site, planned.axis, planned.kept)
 
     def _norm_(
         self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
@@ -235,8 +243,8 @@ class StackRepair:
             output = seen[_end(site)].view_as(state)
             if site.row.norm_place == "inside":
                 wanted = targets[batch] - self._before(state, seen, done)
-            else:
-                wanted = norm(targets[batch])  # what it gives in the dense stream
+            else:  # what it gives in the dense stream, which is behind the last sublayer, and behind a gap
+                wanted = self.dense.states[batch] if is_last else norm(targets[batch])
             for total, examples in self._by_set(sums, batch):
                 total.add(*(rows_of(value, self.masks[batch], examples) for value in (output, wanted)))
             if self._advanced:
@@ -255,7 +263,7 @@ class StackRepair:
 
 def _end(site: Site) -> str:
     """The module whose output makes the stream behind a sublayer."""
-    return site.row.norm if site.row.norm_place and site.row.norm else site.row.consumer
+    return site.row.norm if site.row.norm_place and site.row.norm else site.consumer
 
 
 def _after(state: torch.Tensor, seen: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..decide.allocate import SHAPES, choose_units, default_align, reachable
-from ..model.anatomy import Anatomy
 from ..checkpoint.layout import KEY
 from ..config import PruningConfig
-from ..decide.costs import CostModel, cost_model, dense_counts
+from ..decide.allocate import SHAPES, reachable
+from ..decide.costs import CostModel, cost_model
+from ..decide.units import choose_units, default_align
+from ..model.anatomy import Anatomy
 from ..model.sites import Site
 from .table import Row, count
 
@@ -22,8 +23,8 @@ STOCK_HEADS = {
 
 def facts(model: Any, anatomy: Anatomy, name: str, sequence_length: int) -> list[str]:
     """What the model is, in a few lines."""
-    blocks = cost_model(anatomy, "macs", sequence_length, "blocks").total(dense_counts(anatomy))
-    macs = cost_model(anatomy, "macs", sequence_length, "model").total(dense_counts(anatomy))
+    blocks = cost_model(anatomy, "macs", sequence_length, "blocks").total(anatomy.sizes)
+    macs = cost_model(anatomy, "macs", sequence_length, "model").total(anatomy.sizes)
     lines = [
         f"{name}: {type(model).__name__}, family {anatomy.model_type}, {str(model.dtype).removeprefix('torch.')}",
         f"parameters {count(anatomy.total_params)}, of them {count(anatomy.block_params)} in blocks; "
@@ -52,7 +53,7 @@ def anatomy_rows(anatomy: Anatomy, sequence_length: int) -> list[Row]:
         | {name: _share(model, anatomy, sites) for name, model in models.items()}
         for (stack, kind), sites in groups.items()
     ]
-    fixed = {name: _cell(model.fixed, model.total(dense_counts(anatomy))) for name, model in models.items()}
+    fixed = {name: _cell(model.fixed, model.total(anatomy.sizes)) for name, model in models.items()}
     return [*rows, {"site": "the rest (stays)", "layers": "", "units of a layer": "embeddings, norms, head"} | fixed]
 
 
@@ -61,15 +62,15 @@ def _units(sites: Sequence[Site]) -> str:
 
 
 def _unit(site: Site) -> str:
-    if not site.is_attention:
-        return f"{site.columns:,} neurons"
-    groups = f" in {site.kv_heads} KV groups" if site.kv_heads < site.heads else ""
-    return f"{site.heads} heads of {site.head_dim}{groups}"
+    inner, outer = site.inner.name, site.outer.name
+    width = f" of {site.widths[inner]}" if site.widths[inner] > 1 else ""
+    groups = f" in {site.sizes[outer]} {outer.replace('kv_', 'KV ')}" if site.share > 1 else ""
+    return f"{site.sizes[inner]:,} {inner}{width}{groups}"
 
 
 def _share(model: CostModel, anatomy: Anatomy, sites: Sequence[Site]) -> str:
-    counts = dense_counts(anatomy)
-    part = sum(model.units[site.key].site(*counts[site.key]) for site in sites)
+    counts = anatomy.sizes
+    part = sum(model.units[site.key].site(counts[site.key]) for site in sites)
     return _cell(part, model.total(counts))
 
 
@@ -81,10 +82,11 @@ def stock_note(anatomy: Anatomy) -> str:
     """What a stock config of the family can say."""
     family = anatomy.family
     text = f"A stock {family.model_type} config can say: "
-    text += STOCK_HEADS[family.stock_heads].format(hidden=anatomy.hidden_size)
+    stock = next((site.inner.stock for site in anatomy.sites if site.inner.mixes), "any")
+    text += STOCK_HEADS[stock].format(hidden=anatomy.hidden_size)
     if family.as_model_type:
         text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
-    if family.coupled_heads:
+    if any(site.inner.tied for site in anatomy.sites):
         text += ". All self-attention layers of a stack keep the same heads"
     if len(family.stacks) > 1:
         text += ". Counts that differ between layers or stacks are kept under `hf_prune` in config.json (per_layer)"

@@ -2,137 +2,32 @@
 
 from __future__ import annotations
 
-import html
-import json
 import os
-import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..checkpoint.history import PLAN_FILE, REPORT_FILE, is_of
-from ..checkpoint.layout import KEY
-from ..checkpoint.proof import PROOF_FILE, checkpoint, weights_id
-from ..files import read_json, write_text
-from ..plan import PruningPlan
+from ..checkpoint.history import PLAN_FILE, REPORT_FILE
+from ..checkpoint.hub import HUB_ID
+from ..checkpoint.proof import checkpoint
+from ..files import write_text
 from . import plots
-from .corners import CORNERS_FILE, corner_line, corner_rows
-from .engines import checkpoint_rows, config_of, opened_by, opening_lines, task_of
+from .engines import checkpoint_rows, opened_by, opening_lines, task_of
+from .evidence import DENSE, EVALUATION, PRUNED, Evidence
+from .evidence import write_evaluation as write_evaluation  # train/card.py takes it from here
+from .int8 import INT8_FILE, int8_line, int8_rows
+from .quote import code, fenced, line, quoted
 from .render import MEASUREMENTS, measured_rows, setting_line
 from .table import Row, count, markdown
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-EVALUATION = "evaluation.json"
 PICTURES = "pictures"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-DENSE, PRUNED = "dense", "pruned"
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer")  # in a metric's name
 LOOK_UP = 5.0  # seconds for the base model's card on the Hub
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the files beside the weights say. One that is missing, or of other weights, leaves its part out."""
-
-    directory: Path
-
-    def _json(self, name: str) -> Any:
-        path = self.directory / name
-        return read_json(path) if path.is_file() else {}
-
-    def _of_these_weights(self, name: str) -> Any:
-        found = self._json(name)
-        return found if found.get("weights") == weights_id(self.directory) else {}
-
-    @property
-    def there(self) -> list[str]:
-        """The files that hold the evidence."""
-        names = ("config.json", PLAN_FILE, REPORT_FILE, PROOF_FILE, EVALUATION, MEASUREMENTS, CORNERS_FILE)
-        return [name for name in names if (self.directory / name).is_file()]
-
-    def check(self) -> None:
-        """Raise ValueError for a file that is no JSON, or of another model than config.json; the message names it."""
-        for name in self.there:
-            self._json(name)
-        weights_id(self.directory)
-        named = self.summary.get("plan", self.plan.hash)
-        if not is_of(self.plan, named, self.config["model_type"]):
-            raise ValueError(
-                f"{self.directory / PLAN_FILE} is the plan {self.plan.hash[:12]} of a {line(self.plan.model_type)}; "
-                f"config.json is of a {self.config['model_type']} cut by {line(named)[:12]}. Restore it, or save again."
-            )
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return config_of(self.directory)
-
-    @cached_property
-    def plan(self) -> PruningPlan:
-        return PruningPlan.load(self.directory / PLAN_FILE)
-
-    @cached_property
-    def cuts(self) -> list[dict[str, Any]]:
-        return list(self._json(REPORT_FILE).get("cuts", ()))
-
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        """{"dataset", "split", "rows", "command", "results": {"dense": {metric: value}, "pruned": {...}}}"""
-        return self._of_these_weights(EVALUATION)
-
-    @cached_property
-    def measured(self) -> dict[str, dict[str, Any]]:
-        """What `hf-prune bench DENSE DIRECTORY --out DIRECTORY` found of the first model and of this one."""
-        first, *others = self._json(MEASUREMENTS).values() or ({},)
-        ours = [found for found in others if found["weights"] and found["weights"] == weights_id(self.directory)]
-        return {DENSE: first, PRUNED: ours[0]} if ours else {}
-
-    @cached_property
-    def corners(self) -> list[dict[str, Any]]:
-        """What `corners.corners` found, by engine."""
-        return list(self._of_these_weights(CORNERS_FILE).get("engines", ()))
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """What the config says of the pruning; nothing where all was kept."""
-        return self.config[KEY]
-
-    @property
-    def origin(self) -> str:
-        """The Hub id of what was pruned, or the name of its directory; "" where that is not known."""
-        return str(self.summary.get("base_model") or "")
-
-    @property
-    def base_model(self) -> str:
-        """The Hub id of what was pruned; "" where it was a directory."""
-        return self.origin if HUB_ID.fullmatch(self.origin) else ""
-
-    def cost(self, key: str) -> tuple[float, float]:
-        """(dense, pruned); key as in `costs.report`: macs_model, params_blocks, ..."""
-        said = self.summary or self.plan.cost
-        return said["before"][key], said["after"][key]
-
-    def share(self, key: str) -> float:
-        before, after = self.cost(key)
-        return after / before
-
-    def metrics(self) -> dict[str, tuple[float | None, float]]:
-        """name -> (dense, pruned)"""
-        results = self.evaluation.get("results", {})
-        return {name: (results.get(DENSE, {}).get(name), value) for name, value in results.get(PRUNED, {}).items()}
-
-
-def write_evaluation(
-    directory: Path, results: Mapping[str, Any], *, dataset: str, split: str, rows: int | None, command: str
-) -> None:
-    """evaluation.json. results: {"dense": {metric: value}, "pruned": {...}}; the dense ones may be missing."""
-    found = {"dataset": dataset, "split": split, "rows": rows, "command": command, "results": results}
-    write_text(directory / EVALUATION, json.dumps({"weights": weights_id(directory), **found}, indent=1) + "\n")
 
 
 def write_card(
@@ -143,7 +38,7 @@ def write_card(
     note: str | None = None,
     **metadata: Any,
 ) -> Path:
-    """README.md and its pictures, beside the weights. Every number in them is read from a JSON file there.
+    """Write README.md and its pictures beside the weights. Every number in them is read from a JSON file there.
 
     Args:
         name: what opens it, a Hub id or a path; default: the directory's name.
@@ -153,7 +48,8 @@ def write_card(
             here and on the base model's card; `tags` are added.
 
     Raises:
-        ValueError: no directory that hf_prune saved, or files in it that were edited. TypeError: a name is no word.
+        ValueError: no directory that hf_prune saved, or files in it that were edited.
+        TypeError: `name`, `base_model` or `note` is not a string.
     """
     directory = checkpoint(directory)
     if not (directory / PLAN_FILE).is_file() or not (directory / "config.json").is_file():
@@ -200,31 +96,6 @@ def _card(found: Evidence, name: str, base_model: str, note: str | None, metadat
     )
 
 
-# --- strings from elsewhere ------------------------------------------------------------------------------------------
-
-
-def line(text: Any) -> str:
-    """In one line, of characters that a file can hold."""
-    return " ".join(str(text).encode(errors="replace").decode().split())
-
-
-def quoted(text: Any) -> str:
-    """As words of Markdown: no HTML, no link, no code, no end of a table's cell."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line(text), quote=False))
-
-
-def code(text: Any) -> str:
-    """In one line of code."""
-    return f"`{line(text).replace('`', chr(39))}`"
-
-
-def fenced(text: str, language: str = "") -> str:
-    """A block that nothing in it can end."""
-    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
 # --- metadata --------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +135,7 @@ def _metadata(found: Evidence, name: str, base_model: str, given: Mapping[str, A
 
 
 def _licence_of(base_model: str) -> dict[str, str]:
-    """From the base model's card on the Hub; {} where there is none in reach."""
+    """The licence fields of the base model's card on the Hub; {} where it cannot be read."""
     from huggingface_hub import HfApi
 
     try:
@@ -278,7 +149,7 @@ def _licence_of(base_model: str) -> dict[str, str]:
 
 
 def _headline(found: Evidence, base_model: str) -> str:
-    """What was lost and gained, in one sentence."""
+    """What the cut lost and gained, in one sentence."""
     name = quoted(Path(base_model or found.origin).name) or "The model"
     text = f"**{name} with {found.share('macs_model'):.0%} of its multiply-adds and"
     text += f" {found.share('params_model'):.0%} of its parameters"
@@ -292,6 +163,7 @@ def _headline(found: Evidence, base_model: str) -> str:
 
 
 def summary_rows(found: Evidence) -> list[Row]:
+    """Quality, sizes and speed of both models, as far as they are known."""
     rows: list[Row] = [
         {"": f"{quoted(metric)} ({_data(found.evaluation)})"}
         | {DENSE: "–" if dense is None else f"{dense:.4f}", PRUNED: f"{pruned:.4f}"}
@@ -320,12 +192,12 @@ def _speed(found: Evidence, name: str) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    """Of names and figures from a file."""
+    """A table whose names and figures come from a file."""
     return markdown([{quoted(name): quoted(cell) for name, cell in row.items()} for row in rows])
 
 
 def _int8(found: Evidence) -> str:
-    tables = [f"{_table(corner_rows(engine))}\n\n{quoted(corner_line(engine))}" for engine in found.corners]
+    tables = [f"{_table(int8_rows(engine))}\n\n{quoted(int8_line(engine))}" for engine in found.int8]
     return "\n\n".join(tables)
 
 
@@ -368,9 +240,9 @@ def _sources(found: Evidence) -> str:
         MEASUREMENTS: "latency, sizes, memory",
         PLAN_FILE: "kept units",
         REPORT_FILE: "scores, settings, repairs",
-        CORNERS_FILE: "INT8",
+        INT8_FILE: "INT8",
     }
-    used = {EVALUATION: found.evaluation, MEASUREMENTS: found.measured, CORNERS_FILE: found.corners}
+    used = {EVALUATION: found.evaluation, MEASUREMENTS: found.measured, INT8_FILE: found.int8}
     there = [name for name in parts if used.get(name, (found.directory / name).is_file())]
     return "\n".join(f"- `{name}`: {parts[name]}" for name in there)
 
@@ -379,7 +251,7 @@ def _sources(found: Evidence) -> str:
 
 
 def _draw(found: Evidence) -> dict[str, str | None]:
-    """Draw every picture that the evidence allows; their paths relative to the card. None without matplotlib."""
+    """Draw the pictures that the evidence allows. Their paths relative to the card; None for those not drawn."""
     drawn: dict[str, str | None] = dict.fromkeys(("kept_units", "scores", "before_after", "tradeoff"))
     if not plots.can_draw():
         return drawn
@@ -401,10 +273,10 @@ def _draw(found: Evidence) -> dict[str, str | None]:
 
 
 def _tradeoff(found: Evidence) -> dict[str, Any] | None:
-    """The first metric against the first latency: of the four corners where they were measured, else of the two."""
+    """The first metric against the first latency: of dense and pruned, in INT8 too where that was measured."""
     models, engine = {}, "torch"
-    if found.corners:
-        models, engine = found.corners[0]["models"], found.corners[0]["engine"]
+    if found.int8:
+        models, engine = found.int8[0]["models"], found.int8[0]["engine"]
     elif found.evaluation:
         results = found.evaluation["results"]
         models = {name: {**row, "metrics": results.get(name, {})} for name, row in found.measured.items()}

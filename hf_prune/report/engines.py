@@ -11,9 +11,9 @@ from typing import Any
 from ..checkpoint.convert import auto_classes
 from ..checkpoint.layout import KEY, checked
 from ..checkpoint.proof import checkpoint
+from ..data.opening import TASKS, WITHOUT_PIPELINE
 from ..export.gguf import ARCHITECTURES
 from ..files import read_json
-from ..data.opening import TASKS, WITHOUT_PIPELINE
 from .table import Row
 
 NOT_RUN = "not run in our tests"
@@ -93,7 +93,7 @@ def config_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that a config names, also where our generated file makes its own of it.
+    """The class of transformers that a config names, also where a generated file (remote code) subclasses it.
 
     Raises:
         ValueError: it names none.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..model.anatomy import quiet
 from ..model.batches import forward_inputs
-from ..score.criteria import CRITERIA
+from ..model.weights import quiet
 from ..oneshot import Analysis
+from ..score.criteria import CRITERIA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

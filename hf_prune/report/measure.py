@@ -1,4 +1,4 @@
-"""What a model costs in the flesh: parameters, multiply-adds, bytes on disk and in memory, and measured latency.
+"""What a model costs: parameters, multiply-adds, bytes on disk and in memory, and measured latency.
 
 Latency is wall-clock time over unpadded random inputs: a forward pass, and for models that generate the prefill of a
 prompt and each token after it. Several models are measured in turn (one run each, round after round), so that a machine
@@ -20,19 +20,21 @@ import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
-from ..decide.allocate import default_align
-from ..model.anatomy import Anatomy, describe, positions, quiet
 from ..checkpoint.proof import weights_id
-from ..decide.costs import dense_counts
 from ..decide.costs import report as cost_report
-from ..decide.latency import device_name, random_inputs, timed
+from ..decide.latency.cache import device_name
+from ..decide.latency.clock import timed
+from ..decide.units import default_align
+from ..model.anatomy import Anatomy, describe
+from ..model.probe import cache_argument, positions, random_inputs
+from ..model.weights import quiet
 from .resident import footprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Measurable = Any  # a model in memory, or the directory of one
-NOT_MODEL = ("checkpoint-", "runs", "pictures", "measurements", ".")  # files and directories
+NOT_MODEL = ("checkpoint-", "runs", "pictures", "measurements", ".")  # how names begin that are no part of a model
 Shape = tuple[int, int]  # (batch, length)
 Clock = Callable[[], dict[str, float]]  # one run: seconds by what was timed
 
@@ -71,8 +73,8 @@ def compare(
         shapes: (batch, length) pairs to time; empty to time nothing. Vision models take the length from the image.
         sequence_length: tokens per example at which MACs are counted.
         runs: timed runs per shape, after `warmup` untimed ones.
-        new_tokens: time prefill and so many tokens after it, too, where all of the models generate.
-        compiled: time forward passes under torch.compile, too.
+        new_tokens: where all of the models generate, the prefill and this many tokens after it are timed as well.
+        compiled: forward passes are timed under torch.compile as well.
 
     Returns:
         By name what `measure` returns. Each latency entry says what was timed (forward, compiled forward, prefill, or
@@ -121,7 +123,7 @@ def _size(model: PreTrainedModel, given: Measurable, sequence_length: int) -> di
     import transformers
 
     anatomy = describe(model)
-    cost = cost_report(anatomy, dense_counts(anatomy), sequence_length)
+    cost = cost_report(anatomy, anatomy.sizes, sequence_length)
     on_disk: dict[str, Any] = {"weights": "", "bytes": None, "load_seconds": None, "resident_bytes": None}
     if isinstance(given, str | os.PathLike):
         home = given if Path(given).is_dir() else snapshot_download(os.fspath(given), local_files_only=True)
@@ -148,15 +150,15 @@ def _size(model: PreTrainedModel, given: Measurable, sequence_length: int) -> di
 
 
 def _cache_bytes(model: PreTrainedModel, anatomy: Anatomy) -> int | None:
-    """Of the keys and values that one generated token leaves in the cache, in all layers."""
+    """Bytes that one token takes in the cache, over all layers; None where nothing is generated."""
     if not model.can_generate():
         return None
     sites = [site for site in anatomy.sites if site.stack == "decoder" and site.kind == "attention"]
-    return sum(2 * site.kv_heads * site.head_dim for site in sites) * model.dtype.itemsize
+    return sum(2 * site.sizes[site.outer.name] * site.widths[site.outer.name] for site in sites) * model.dtype.itemsize
 
 
 def directory_bytes(directory: str | os.PathLike[str]) -> int:
-    """Of a model's files; what a Trainer or a card put beside them is left out."""
+    """Bytes of a model's files, without what a Trainer or a card put beside them."""
     home = Path(directory)
     files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
     return sum((home / path).stat().st_size for path in files if not path.parts[0].startswith(NOT_MODEL))
@@ -189,11 +191,6 @@ def _forward(what: str, model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[
     return {what: timed(model, **inputs)}
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """What a language model calls its cache, in arguments and outputs: `past_key_values` until transformers 5.23."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _generate(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
     """The prompt, then one token after another with the cache; which tokens they are does not matter."""
     from transformers import DynamicCache
@@ -220,7 +217,7 @@ def interleaved(clocks: Mapping[str, Clock], runs: int, warmup: int, title: str)
 
 
 def entry(what: str, seconds: Sequence[float], batch: int, length: int, first: Sequence[float]) -> dict[str, Any]:
-    """What is said of the runs of one model, beside those of the first."""
+    """The figures of one model's runs, in seconds; the speed-up is over the runs of the first model."""
     median = statistics.median(seconds)
     tokens = batch if what == "decode" else batch * length
     return {
@@ -241,13 +238,13 @@ def _quantile(seconds: Sequence[float], share: float) -> float:
 
 
 def _notes(latency: Sequence[Mapping[str, Any]], anatomy: Anatomy, device: str) -> list[str]:
-    """Where the model is slower than the first one, and the widths that a device of this kind does not like."""
+    """Where the model is slower than the first one, and whether its FFN widths suit a device of this kind."""
     slow = [entry for entry in latency if entry["speedup"] < 1]
     if not slow:
         return []
     where = ", ".join(f"{entry['what']} {entry['batch']} x {entry['length']}" for entry in slow)
     align = default_align(anatomy, device)
-    odd = sorted({site.columns for site in anatomy.sites if not site.is_attention and site.columns % align})
+    odd = sorted({site.columns for site in anatomy.sites if site.inner.aligned and site.columns % align})
     why = (
         f"FFN widths {odd} are not multiples of {align}: prune again with align={align}"
         if odd

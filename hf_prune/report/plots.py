@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plan import PruningPlan, SitePlan
+from ..plan import Kept, PruningPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,28 +49,32 @@ def _write(figure: Figure, path: Path) -> None:
     temporary.replace(path)
 
 
-def _groups(plan: PruningPlan) -> dict[tuple[str, str], list[SitePlan]]:
+MAPPED = 40  # units of a site; more would be stripes
+
+
+def _groups(plan: PruningPlan) -> dict[tuple[str, str], list[Kept]]:
     """Sites by (stack, kind), each in the order of its layers."""
-    groups: dict[tuple[str, str], list[SitePlan]] = {}
-    for site in sorted(plan.sites, key=lambda site: site.layer):
-        groups.setdefault((site.stack, site.kind), []).append(site)
+    groups: dict[tuple[str, str], list[Kept]] = {}
+    for site in sorted(plan.sites, key=lambda site: site.where[1]):
+        stack, _, kind = site.where
+        groups.setdefault((stack, kind), []).append(site)
     return groups
 
 
 def kept_units(plan: PruningPlan, path: Path) -> None:
-    """A panel for each kind of site: which heads or KV groups stay, as a map; how many neurons stay, as bars."""
+    """A panel for each kind of site: which of a few units stay, as a map; how many of many, as bars."""
     groups = _groups(plan)
     depth = max(len(sites) for sites in groups.values())
     figure, axes = _figure(len(groups), 4.2 * len(groups), max(2.6, 0.24 * depth + 1.2))
     for axis, ((stack, kind), sites) in zip(axes, groups.items(), strict=True):
-        _heads(axis, sites) if sites[0].unit != "neuron" else _widths(axis, sites)
+        _map(axis, sites) if max(site.of for site in sites) <= MAPPED else _widths(axis, sites)
         axis.set(ylabel="layer", title=word(f"{stack} {kind.replace('_', ' ')}" if kind != "ffn" else f"{stack} FFN"))
         axis.set_yticks(range(0, len(sites), max(1, len(sites) // 15)))
         axis.set_ylim(len(sites) - 0.5, -0.5)
     _write(figure, path)
 
 
-def _heads(axis: Axes, sites: Sequence[SitePlan]) -> None:
+def _map(axis: Axes, sites: Sequence[Kept]) -> None:
     from matplotlib.colors import ListedColormap
 
     widest = max(site.of for site in sites)
@@ -79,16 +83,16 @@ def _heads(axis: Axes, sites: Sequence[SitePlan]) -> None:
     colours = ListedColormap([CUT, KEPT])
     axis.pcolormesh(columns, rows, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     axis.set_xticks(range(0, widest, max(1, widest // 12)))
-    axis.set_xlabel(f"{sites[0].unit.replace('_', ' ').replace('kv', 'KV')} (dark: kept)")
+    axis.set_xlabel(f"{sites[0].axis.replace('kv_', 'KV ')} (dark: kept)")
 
 
-def _widths(axis: Axes, sites: Sequence[SitePlan]) -> None:
-    layers = [site.layer for site in sites]
+def _widths(axis: Axes, sites: Sequence[Kept]) -> None:
+    layers = [site.where[1] for site in sites]
     axis.barh(layers, [site.of for site in sites], color=CUT)
     axis.barh(layers, [len(site.kept) for site in sites], color=KEPT)
     for site in sites:
-        axis.text(len(site.kept), site.layer, f" {len(site.kept):,}", va="center", fontsize=7)
-    axis.set_xlabel(f"neurons kept, of {max(site.of for site in sites):,}")
+        axis.text(len(site.kept), site.where[1], f" {len(site.kept):,}", va="center", fontsize=7)
+    axis.set_xlabel(f"{sites[0].axis} kept, of {max(site.of for site in sites):,}")
 
 
 def scores(report: Mapping[str, Any], path: Path) -> None:
@@ -159,7 +163,7 @@ def tradeoff(points: Mapping[str, tuple[float, float]], metric: str, where: str,
     axis.set(xlabel=f"ms, {where}", ylabel=metric)
     axis.set_xlim(0, 1.25 * max(ms for ms, _ in points.values()))
     values = [value for _, value in points.values()]
-    room = max(0.6 * (max(values) - min(values)), 0.02 * max(values))  # a hair's breadth is not to look like a gulf
+    room = max(0.6 * (max(values) - min(values)), 0.02 * max(values))  # small differences look small
     axis.set_ylim(min(values) - room, max(values) + room)
     axis.grid(alpha=0.3)
     _write(figure, path)

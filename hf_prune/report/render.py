@@ -47,6 +47,7 @@ def measured_rows(found: Measured) -> list[Row]:
 
 
 def setting_line(found: Measured) -> str:
+    """How and where the figures were measured, in one sentence."""
     first = next(iter(found.values()))
     at, latency = first["settings"], first["latency"]
     runs = f"Median of {latency[0]['runs']} interleaved runs, unpadded" if latency else "Nothing was timed"
@@ -57,7 +58,7 @@ def setting_line(found: Measured) -> str:
 
 
 def write(found: Measured, directory: Path) -> None:
-    """measurements.json, .md and, with matplotlib, .png: the same figures three times."""
+    """Write the figures as measurements.json, .md and, with matplotlib, .png."""
     from . import plots
 
     directory.mkdir(parents=True, exist_ok=True)

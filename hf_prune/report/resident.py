@@ -1,4 +1,4 @@
-"""Seconds to open a saved model and the memory it then holds, in a process of its own.
+"""How long a saved model takes to open, and the memory that it then holds, measured in a process of its own.
 
 `python -m hf_prune.report.resident DIRECTORY` prints one JSON line.
 """
@@ -21,7 +21,7 @@ LENGTH = 128  # tokens of the batch that is run, at most
 
 
 def footprint(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """load_seconds (median of three; imports and the first look at the disk are not in it) and resident_bytes.
+    """load_seconds (median of three, without imports and the first read from disk) and resident_bytes.
 
     resident_bytes is what the process holds above its imports once the model has run one example of 128 tokens: of host
     memory, or of the GPU's where there is one.
@@ -41,9 +41,8 @@ def _measured(directory: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from ..model.anatomy import positions
-    from ..decide.latency import random_inputs
     from ..data.opening import load_model, model_class
+    from ..model.probe import positions, random_inputs
 
     model_class(AutoConfig.from_pretrained(directory))  # imports its modelling code
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +61,7 @@ def _measured(directory: str) -> dict[str, Any]:
 
 
 def _give_back() -> None:
-    """Freed memory to the system, where the C library can: loading leaves some of it, more or less by chance."""
+    """Return freed memory to the system, where the C library can: how much of it loading leaves behind is chance."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -28,6 +28,7 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown."""
     names = columns(rows)
     body = [[row.get(name, "–") for name in names] for row in rows]
     rule = [":--", *["--:" for _ in names[1:]]]
@@ -35,7 +36,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cell(text: str) -> str:
-    """In one line, without an end of the cell."""
+    """The text on one line, with its `|` escaped."""
     return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..model.anatomy import quiet
 from ..model.batches import IGNORE, Batch, form, forward_inputs
+from ..model.weights import quiet
 from .losses import is_causal_lm, labels_of, problem_of
 
 if TYPE_CHECKING:

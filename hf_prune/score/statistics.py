@@ -15,14 +15,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..model import layerwise
-from ..model.anatomy import Anatomy, quiet
 from ..model.batches import Batch, forward_inputs, token_mask
-from ..model.families import Attention
-from .criteria import Criterion, SiteStatistics
 from ..model.layerwise import OUTPUT
+from ..model.sites import Site, consumer, input_axis, tensor_of
+from ..model.weights import quiet
+from ..plan import Where
+from .criteria import Criterion, SiteStatistics
 from .losses import example_losses, predicts_tokens, with_drawn_labels
-from ..plan import PruningPlan, SiteKey
-from ..model.sites import Site, consumer, get, input_axis, output_axis, ups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +43,7 @@ def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tupl
 
 
 @contextlib.contextmanager
-def gated(model: nn.Module, gates: Mapping[SiteKey, torch.Tensor], sites: Sequence[Site]) -> Iterator[None]:
+def gated(model: nn.Module, gates: Mapping[Where, torch.Tensor], sites: Sequence[Site]) -> Iterator[None]:
     """Install a gate on the consumer of every site in `gates`; hooks are gone afterwards, also after an error."""
     handles = [
         consumer(model, site).register_forward_pre_hook(gate_hook(gates[site.key]))
@@ -58,32 +57,19 @@ def gated(model: nn.Module, gates: Mapping[SiteKey, torch.Tensor], sites: Sequen
             handle.remove()
 
 
-@contextlib.contextmanager
-def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
-    """The model as `plan` would leave it, by masks: the same outputs as after surgery, at the dense cost."""
-    plan.check(anatomy.model_type, anatomy.sizes)
-    masks = {}
-    for site in plan.sites:
-        mask = torch.zeros(1, site.of, device=model.device)
-        mask[0, list(site.kept)] = 1
-        masks[site.key] = mask
-    with gated(model, masks, anatomy.sites):
-        yield
-
-
 @dataclass
 class Gradients:
     """From one backward pass over a batch, per site: gradients of each example's loss with respect to the gates at 1
     [B, U], and the squared length of those with respect to what each token gets from the consumer [B*T]."""
 
-    gates: dict[SiteKey, torch.Tensor]
-    tokens: dict[SiteKey, torch.Tensor]
+    gates: dict[Where, torch.Tensor]
+    tokens: dict[Where, torch.Tensor]
 
 
 def gradients(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    units: Mapping[SiteKey, int],
+    units: Mapping[Where, int],
     batch: Batch,
     draw_labels: torch.Generator | None = None,
 ) -> Gradients:
@@ -95,7 +81,7 @@ def gradients(
     gates = {
         site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
     }
-    tokens: dict[SiteKey, torch.Tensor] = {}
+    tokens: dict[Where, torch.Tensor] = {}
     with torch.enable_grad(), gated(model, gates, sites), _token_gradients(model, sites, tokens):
         output = model(**forward_inputs(model, batch))
         labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
@@ -105,8 +91,8 @@ def gradients(
 
 
 @contextlib.contextmanager
-def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[SiteKey, torch.Tensor]) -> Iterator[None]:
-    def watch(key: SiteKey) -> Any:
+def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[Where, torch.Tensor]) -> Iterator[None]:
+    def watch(key: Where) -> Any:
         def keep(gradient: torch.Tensor) -> None:
             found[key] = gradient.float().square().sum(-1).flatten()
 
@@ -150,7 +136,7 @@ ALONE = Ranks()
 def statistics(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    units: Mapping[SiteKey, int],
+    axes: Mapping[Where, str],
     batches: Sequence[Batch],
     criterion: Criterion,
     seed: int,
@@ -159,10 +145,11 @@ def statistics(
     """What the criterion needs, site by site; second moments of one layer at a time.
 
     Args:
-        units: number of units that each site is scored in.
+        axes: the axis by whose units each site is scored.
         ranks: the processes that share the work; all call this with the same batches.
     """
     generator = torch.Generator().manual_seed(seed)
+    units = {site.key: site.sizes[axes[site.key]] for site in sites}
     if len(batches) < ranks.count:
         ranks = ALONE  # less work than processes: each does it all
     with quiet(model):
@@ -174,7 +161,7 @@ def statistics(
                 SiteStatistics(
                     units=units[site.key],
                     weight=(weight.T if input_axis(consumer(model, site)) == 0 else weight).cpu(),
-                    weight_square=_weight_squares(model, site, units[site.key]).cpu(),
+                    weight_square=_weight_squares(model, site, axes[site.key]).cpu(),
                     generator=generator,
                     **gates.pop(site.key, {}),
                     **moments,
@@ -188,21 +175,21 @@ Found = dict[str, Any]
 def _gates(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    units: Mapping[SiteKey, int],
+    units: Mapping[Where, int],
     batches: Sequence[Batch],
     criterion: Criterion,
     generator: torch.Generator,
     ranks: Ranks,
-) -> dict[SiteKey, Found]:
+) -> dict[Where, Found]:
     """What the gradients tell, per site; those of the gates of each example only where the criterion needs them."""
     names = ("gate_square", "gate_abs")
-    found: dict[SiteKey, Found] = {
+    found: dict[Where, Found] = {
         site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
     }
-    each: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in sites}
+    each: dict[Where, list[torch.Tensor]] = {site.key: [] for site in sites}
     # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
     weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
-    tokens: dict[SiteKey, list[torch.Tensor]] = {site.key: [] for site in weighed}
+    tokens: dict[Where, list[torch.Tensor]] = {site.key: [] for site in weighed}
     examples = sum(batch.size for batch in batches)
     draw_labels = generator if criterion.labels == "model" else None
     if draw_labels is not None:
@@ -247,11 +234,11 @@ def _walk(
             here = [site for site in sites if site.path == path]
             found = {site.key: Sums(site.columns, model.device, full) for site in here}
             for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
-                seen = layerwise.run(layer, state, arguments, inputs_of=[site.row.consumer for site in here])
+                seen = layerwise.run(layer, state, arguments, inputs_of=[site.consumer for site in here])
                 stream.states[index] = seen[OUTPUT]
                 for site in here:
-                    if site.row.consumer in seen:
-                        found[site.key].add(rows_of(seen[site.row.consumer], masks[index]))
+                    if site.consumer in seen:
+                        found[site.key].add(rows_of(seen[site.consumer], masks[index]))
             for site in here:
                 yield site, found.pop(site.key).means(ranks)
 
@@ -290,24 +277,14 @@ def rows_of(x: torch.Tensor, mask: torch.Tensor | None, examples: torch.Tensor |
     return (flat if keep is None else flat[keep.to(flat.device)]).float()
 
 
-def _weight_squares(model: nn.Module, site: Site, units: int) -> torch.Tensor:
+def _weight_squares(model: nn.Module, site: Site, axis: str) -> torch.Tensor:
     """Sum of squares of all weights that go with a unit. [U]"""
-    layer = model.get_submodule(site.path)
-    out = consumer(model, site)
-    columns = _squares(out, input_axis(out))
-    if not isinstance(site.row, Attention):
-        for path in ups(layer, site.row):
-            columns = columns + _squares(get(layer, path), output_axis(get(layer, path))).view(-1, site.columns).sum(0)
-        return columns.view(units, -1).sum(1)
-    rows = {path: _squares(get(layer, path), output_axis(get(layer, path))) for path in set(site.row.producers)}
-    kv_columns = site.kv_heads * site.head_dim
-    if site.row.q == site.row.k:
-        q, k, v = rows[site.row.q].split([site.columns, kv_columns, kv_columns])
-    else:
-        q, k, v = (rows[path] for path in site.row.producers)
-    squares = (columns + q).view(units, -1).sum(1)
-    return squares + (k + v).view(units, -1).sum(1) if units == site.kv_heads else squares
-
-
-def _squares(module: Any, axis: int) -> torch.Tensor:
-    return module.weight.detach().float().square().sum(1 - axis)
+    layer, units, goes = model.get_submodule(site.path), site.sizes[axis], site.along_with(axis)
+    total: Any = 0.0
+    for part in site.parts:
+        if part.role != "carries":
+            along = tensor_of(layer, part.tensor).detach().float().square().transpose(0, part.dim).flatten(1).sum(1)
+            sizes = [site.sizes[name] * part.entries(name, site.widths) for name in part.axes]
+            blocks = zip(along.split(sizes), part.axes, strict=True)
+            total = total + sum(block.view(units, -1).sum(1) for block, name in blocks if name in goes)
+    return total

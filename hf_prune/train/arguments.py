@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import os
-import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..model.anatomy import check_model
 from ..checkpoint.directory import resolved
 from ..config import DistillationConfig, PruningConfig
+from ..model.batches import even_positions
+from ..model.weights import check_model
 
 KINDS = {"pruning": PruningConfig, "distillation": DistillationConfig, "peft_config": PeftConfig}
 
 
+def check_given(model: Any, args: Any, pruning: Any, distillation: Any, teacher: Any, peft_config: Any) -> None:
+    """Raise for arguments that cannot be used, before the stock trainer sees any of them.
+
+    Raises:
+        ValueError, TypeError: see the functions below.
+    """
+    for name, value in (("pruning", pruning), ("distillation", distillation), ("peft_config", peft_config)):
+        if value is not None:
+            check_kind(name, value)
+    if pruning is not None:
+        check_student(model)
+        check_output(args)
+        check_units(
+            pruning,
+            ("tokens",),
+            "the training data are in the present tokens. Shorten the vocabulary with prune() first, tokenise with the "
+            "processing_class of its result, and train that",
+        )
+    check_given_teacher(model, teacher, distillation)
+
+
 def check_kind(name: str, value: Any) -> None:
-    """Raise TypeError for a setting of another type than its own."""
+    """Raise TypeError where a setting has another type than it should."""
     if isinstance(value, KINDS[name]):
         return
     kind = KINDS[name].__name__
@@ -30,10 +51,10 @@ def check_kind(name: str, value: Any) -> None:
 
 
 def check_student(model: Any) -> None:
-    """Raise for a model that cannot be cut; a name is left to the trainer that may open it.
+    """Raise for a model that cannot be cut. A name is not looked at: the trainer may open it.
 
     Raises:
-        ValueError: it has adapters. TypeError: a wrapper, or no transformers model.
+        ValueError: it has adapters. TypeError: it is wrapped in another module, or is no transformers model.
     """
     if hasattr(model, "merge_and_unload"):
         raise ValueError(
@@ -44,8 +65,15 @@ def check_student(model: Any) -> None:
         check_model(model)
 
 
+def check_units(pruning: PruningConfig, refused: Sequence[str], why: str) -> None:
+    """Raise ValueError where units are asked for that cannot go while a model trains."""
+    wrong = [unit for unit in pruning.units or () if unit in refused]
+    if wrong:
+        raise ValueError(f"units={pruning.units}: no {' or '.join(wrong)} here, since {why}.")
+
+
 def check_output(args: Any) -> None:
-    """Raise unless `output_dir` can be replaced as a whole, as a save does it: see `resolved` for the errors."""
+    """Raise unless `output_dir` can be replaced as a whole, which is how a save writes it (see `resolved`)."""
     if not isinstance(args, TrainingArguments):
         return
     try:
@@ -54,8 +82,12 @@ def check_output(args: Any) -> None:
         raise type(error)(f"output_dir, into which save_model() writes by default: {error}") from error
 
 
-def check_own_teacher(student: Any, teacher: Any, distillation: Any) -> None:
-    """Raise for a teacher that is no model of its own, or that nothing is to be learnt from."""
+def check_given_teacher(student: Any, teacher: Any, distillation: Any) -> None:
+    """Raise for a `teacher=` that is no model, or is the student, or comes without a `distillation=`.
+
+    Raises:
+        ValueError, TypeError: see above.
+    """
     if teacher is None:
         return
     if distillation is None:
@@ -72,28 +104,65 @@ def check_own_teacher(student: Any, teacher: Any, distillation: Any) -> None:
         )
 
 
-def check_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Raise ValueError for adapters that do not fit a model, or that could not be merged. Tried without weights."""
-    if peft_config.is_prompt_learning:
+def check_unsharded(asked: Mapping[str, Any]) -> None:
+    """Raise ValueError where one of these ways to shard a model (name -> whether it is asked for) is in use."""
+    name = next((name for name, is_asked in asked.items() if is_asked), None)
+    if name:
         raise ValueError(
-            f"peft_config={type(peft_config).__name__}: prompts are no weights of the model, and cannot be taken off "
-            "for the next cut. Use adapters that merge (LoraConfig, ...)."
+            f"A model that {name} shards cannot be cut. Cut it with hf_prune.prune() first and train the result "
+            f"with pruning=None, or use plain data parallelism (torchrun without {name})."
         )
-    with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise ValueError for an optimizer that was made before the cut."""
+    if optimizer is not None:
+        raise ValueError(
+            "optimizers=(...) holds the weights as they are before the cut. Give optimizer_cls_and_kwargs=, or "
+            "TrainingArguments(optim=...)."
+        )
+
+
+def calibration_batches(
+    name: str, data: Any, collate: Callable[[list[Any]], Any], size: int, config: PruningConfig
+) -> list[Any]:
+    """The calibration examples of a data set, in batches of `size`.
+
+    Args:
+        name: which argument the data are, for the error.
+        data: examples by index, from which they are drawn evenly; or a stream, of which they are the first.
+
+    Raises:
+        ValueError: the data cannot be read, or the collator does not take their examples.
+    """
     try:
-        with warnings.catch_warnings():  # said when they are put on
-            warnings.simplefilter("ignore")
-            get_peft_model(empty, copy.deepcopy(peft_config))
-    except Exception as error:  # of any kind, from peft
-        raise ValueError(f"peft_config= does not fit {type(model).__name__}: {error}") from error
+        examples = _drawn(data, config)
+        return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    except Exception as error:  # of any kind, from the user's data and collator
+        raise ValueError(
+            f"{name} cannot be read as examples and collated ({type(error).__name__}: {error}). It is a Dataset, a "
+            f"list or an iterable of examples that the trainer's data_collator takes; got {type(data).__name__}."
+        ) from error
+
+
+def _drawn(data: Any, config: PruningConfig) -> list[Any]:
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return [data[i] for i in even_positions(len(data), config.calibration_samples, config.calibration_seed)]
+    return list(itertools.islice(iter(data), config.calibration_samples))
+
+
+# --- weights from a directory or the Hub -----------------------------------------------------------------------------
 
 
 def opened(cls: Any, name: str | os.PathLike[str], what: str, **options: Any) -> Any:
-    """A model of this class from a directory or the Hub, with all its weights.
+    """A model of this class from a directory or the Hub, with all of its weights.
+
+    Args:
+        what: what the directory is, for the error.
+        options: passed on to `from_pretrained`.
 
     Raises:
-        ValueError: nothing is there, another model's weights are, or not all of them.
+        ValueError: there is nothing to open, or it is another model, or some of its weights are missing.
     """
     try:
         model, found = cls.from_pretrained(name, output_loading_info=True, **options)
@@ -109,13 +178,19 @@ def opened(cls: Any, name: str | os.PathLike[str], what: str, **options: Any) ->
     return model
 
 
+def opened_like(model: PreTrainedModel, name: str | os.PathLike[str], what: str) -> PreTrainedModel:
+    """As `opened`, of the class and dtype of another model."""
+    found: PreTrainedModel = opened(type(model), name, what, dtype=model.dtype)
+    return found
+
+
 def check_early(model: PreTrainedModel, directory: str) -> None:
-    """Raise ValueError unless `rewind_to` holds weights that can be put into the model to be cut."""
-    check_shapes(model, opened(type(model), directory, "rewind_to", dtype=model.dtype), f"rewind_to={directory!r}")
+    """Raise ValueError unless `rewind_to` holds weights that fit into the model as it is before the cut."""
+    check_shapes(model, opened_like(model, directory, "rewind_to"), f"rewind_to={directory!r}")
 
 
 def check_shapes(model: PreTrainedModel, other: PreTrainedModel, what: str) -> None:
-    """Raise ValueError unless one model's weights can be put into another."""
+    """Raise ValueError unless the weights of `other` fit into the model."""
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, other))
     wrong = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
     if wrong is not None:

@@ -1,9 +1,11 @@
-"""What a run resumes from: which checkpoints are whole, and whether data are those of before."""
+"""What a run resumes from: which checkpoints are complete, and whether settings and data are those of before."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,20 +18,88 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..model.batches import even_positions
 from ..checkpoint.history import PLAN_FILE, Record
-from ..checkpoint.proof import BASE
+from ..config import PruningConfig
 from ..files import read_json
-from .rounds import Run
+from ..model.batches import even_positions
+from .adapters import home_of
+from .rounds import STATE_FILE, Run
 
-LOOKED_AT = 8  # examples by which data are known again
+LOOKED_AT = 8  # examples that the fingerprint of data is made of
 
 
-# --- checkpoints that a run can go on from ---------------------------------------------------------------------------
+# --- the checkpoint to resume from -----------------------------------------------------------------------------------
+
+
+def checkpoint_for(given: Any, output_dir: Path, config: PruningConfig, data: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: True is the latest complete one in `output_dir`, if any.
+
+    Args:
+        config: the settings of this run.
+        data: its data sets by name.
+
+    Raises:
+        ValueError: it is not complete, or of a run with other settings or data. TypeError: neither a path nor True.
+    """
+    if given is None or given is False:
+        return None
+    if not isinstance(given, bool | str | os.PathLike):
+        raise TypeError(f"resume_from_checkpoint takes a directory or True, got {given!r:.60}.")
+    directory = _latest(output_dir) if given is True else Path(str(given))
+    if directory is None:
+        return None
+    wrong = damage(directory)
+    if wrong:
+        raise ValueError(
+            f"{directory} is no complete checkpoint of a run with pruning: {wrong}. Give another, or "
+            "resume_from_checkpoint=True for the latest that is complete."
+        )
+    _check_same(directory, config, data)
+    if not list(directory.glob("rng_state*.pth")):
+        warnings.warn(
+            f"{directory} has no rng_state: dropout is drawn anew, and the run will not end as it would have.",
+            stacklevel=4,
+        )
+    return directory
+
+
+def _latest(output_dir: Path) -> Path | None:
+    """The latest checkpoint that is complete; a warning names the newer ones that are not."""
+    wrong = {path: damage(path) for path in checkpoints(output_dir)}
+    found = max((path for path in wrong if not wrong[path]), key=step_of, default=None)
+    passed = [path for path in wrong if wrong[path] and (found is None or step_of(path) > step_of(found))]
+    if passed:
+        said = "; ".join(f"{path.name} ({wrong[path]})" for path in passed)
+        warnings.warn(f"In {output_dir}, not whole and passed over: {said}.", stacklevel=5)
+    if found is None:
+        warnings.warn(f"No complete checkpoint in {output_dir}: training starts anew.", stacklevel=5)
+    return found
+
+
+def _check_same(directory: Path, config: PruningConfig, data: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint's run had the same settings and data as this one."""
+    run = Run.load(directory)
+    theirs, ours = run.config.to_dict(), config.to_dict()
+    changed = {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
+    if changed:
+        raise ValueError(
+            f"{directory} was made with another PruningConfig; (there, here): {changed}. Resume with the same, or "
+            "train into another output_dir."
+        )
+    for name, there in (run.data or {}).items():
+        wrong = apart(there, known_by(data.get(name)))
+        if wrong:
+            raise ValueError(
+                f"{directory} was made with another {name}: {wrong}. Resume with the same, or train into another "
+                f'output_dir. (If it is the same, take "data" out of the checkpoint\'s {STATE_FILE}.)'
+            )
+
+
+# --- which checkpoints are complete ----------------------------------------------------------------------------------
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints in a directory by step, whole or not."""
+    """All checkpoints in a directory in the order of their steps, complete or not."""
     return sorted(filter(is_named_checkpoint, directory.glob("*")), key=step_of)
 
 
@@ -42,16 +112,16 @@ def is_named_checkpoint(path: Path) -> bool:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that a run can go on from, by step."""
+    """The checkpoints that a run can resume from, in the order of their steps."""
     return [path for path in checkpoints(directory) if not damage(path)]
 
 
 def damage(directory: Path) -> str:
-    """What keeps a run from going on from a checkpoint, in words; "" where nothing does. No weights are read."""
+    """What keeps a run from resuming from a checkpoint, in words; "" where nothing does. It reads no weights."""
     try:
         run = Run.load(directory)
-        trainer_state(directory)  # which the stock trainer writes last
-        home = directory / BASE if (directory / BASE).is_dir() else directory
+        trainer_state(directory)  # the stock trainer writes it last
+        home = home_of(directory)
         read_json(home / "config.json")
         if run.plan is not None and Record.load(home) is None:
             return f"{PLAN_FILE} is missing"
@@ -63,7 +133,7 @@ def damage(directory: Path) -> str:
 
 
 def _broken(directory: Path, home: Path) -> str:
-    """The same, of the files that hold tensors."""
+    """The same for the files that hold tensors."""
     there = [path for path in directory.iterdir() if path.suffix in (".pt", ".pth")]
     pair = {OPTIMIZER_NAME, SCHEDULER_NAME}
     missing = pair - {path.name for path in there}
@@ -84,7 +154,7 @@ def _weights(directory: Path, home: Path) -> Iterator[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the header says as many bytes as there are."""
+    """Whether a file holds as many bytes as its header says."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -108,20 +178,21 @@ def trainer_state(directory: Path) -> TrainerState:
     raise ValueError(f"{path.name} names no step.")
 
 
-# --- data that are known again ---------------------------------------------------------------------------------------
+# --- whether data are the same ---------------------------------------------------------------------------------------
 
 
 def known_by(data: Any) -> dict[str, Any] | None:
-    """What data are known by in another process, cheaply: how many rows, and a hash of a few.
+    """A cheap fingerprint of data, the same in every process: how many rows there are, and a hash of a few of them.
 
-    The rows are looked at twice: those of a random augmentation have no hash. What can be read only once is not read.
+    The rows are read twice: where a random augmentation changes them in between, there is no hash. Data that can be
+    read only once are not read.
     """
     if data is None:
         return None
     rows = len(data) if hasattr(data, "__len__") else None
     try:
         first, second = (Hasher.hash(_some(data, rows)) for _ in range(2))
-    except Exception:  # of any kind, from the user's code; training will say it
+    except Exception:  # of any kind, from the user's code: training will report it
         return {"rows": rows, "hash": None}
     return {"rows": rows, "hash": first if first == second else None}
 
@@ -137,7 +208,7 @@ def _some(data: Any, rows: int | None) -> list[Any]:
 
 
 def apart(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
-    """How two sets of data differ, in words; "" where they do not, or where it is not known."""
+    """How two data sets differ by their fingerprints, in words; "" where they do not, or where that is unknown."""
     for what in ("rows", "hash"):
         a, b = (there or {}).get(what), (here or {}).get(what)
         if a is not None and b is not None and a != b:

@@ -1,4 +1,4 @@
-"""PruningCallback: prune in any unmodified Trainer, by masks while it trains and one cut at the end.
+"""PruningCallback: prune in a Trainer that is not ours, by masks while it trains and one cut at the end.
 
 Shapes: B examples, T tokens, U units of a site, K = U*w columns of a consumer's input.
 """
@@ -13,30 +13,39 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..decide.allocate import allocate, choose_units, default_align, unit_of
-from ..model.anatomy import Anatomy, describe
-from .arguments import check_kind
-from ..score.statistics import Ranks, gate_hook
 from ..config import PruningConfig
-from ..score.criteria import CRITERIA
-from ..oneshot import Analysis, PruneResult, apply
-from ..plan import PruningPlan, SiteKey
-from ..schedules import SCHEDULES
+from ..decide.allocate import allocate
+from ..decide.units import choose_units, default_align, unit_of
+from ..model.anatomy import Anatomy, describe
 from ..model.sites import consumer
+from ..oneshot import Analysis, PruneResult
+from ..plan import PruningPlan, Where
+from ..schedules import SCHEDULES
+from ..score.criteria import CRITERIA
+from ..score.statistics import Ranks, gate_hook
+from .arguments import check_kind, check_units
 
 DECAY = 0.9  # of the running mean of scores, at each update
 
 
 class PruningCallback(TrainerCallback):
-    """Masks a growing part of the model while it trains, and removes it when the training ends.
+    """Masks a growing part of the model while it trains, and removes that part when the training ends.
 
-    Scores are the Fisher information of a gate on every unit, from the gradients of the ordinary training steps. From
-    `begin` to `end` (fractions of the steps), every `every` steps, a plan for the schedule's target becomes a mask; to
-    later plans a masked unit is worth nothing. The cut needs no repair: the model was trained without what it removes.
+    The scores are the Fisher information of a gate on every unit, from the gradients of the ordinary training steps.
+    Every so many steps a plan for the schedule's target becomes a mask. A masked unit scores 0 in later plans, which
+    therefore remove it again. The cut needs no repair, since the model was trained without what it removes.
+
+    Args:
+        pruning: what to remove and how much; its `schedule` says how fast, `criterion` is fisher.
+        begin, end: the fractions of all steps between which the masks grow.
+        every: steps from one mask to the next.
+
+    Attributes:
+        result: what the cut came to, as `prune` returns it; None before.
 
     Raises:
         ValueError: a schedule that does not reach `keep` before the training ends, or a criterion other than fisher;
-            all before the first step. TypeError: no PruningConfig.
+            all before the first step. TypeError: `pruning` is no PruningConfig.
     """
 
     def __init__(self, pruning: PruningConfig, begin: float = 0.1, end: float = 0.7, every: int = 20) -> None:
@@ -46,6 +55,11 @@ class PruningCallback(TrainerCallback):
                 f"criterion={pruning.criterion!r}: PruningCallback scores by the gradients of training steps, which is "
                 "'fisher'. Use PruningTrainer or prune() for others."
             )
+        check_units(
+            pruning,
+            ("layers", "tokens"),
+            "PruningCallback masks heads and neurons. Use PruningTrainer for layers, prune() for tokens",
+        )
         if pruning.metric == "latency":
             raise ValueError("metric='latency': PruningCallback counts 'macs' or 'params'; use PruningTrainer.")
         are_numbers = all(type(value) in (int, float) for value in (begin, end)) and type(every) is int
@@ -84,7 +98,11 @@ class PruningCallback(TrainerCallback):
         self.finalize(model)
 
     def finalize(self, model: Any) -> PruneResult | None:
-        """Remove the gates and cut what they mask; None if nothing is. Happens by itself when training ends."""
+        """Remove the gates and cut what they mask. This happens by itself when the training ends.
+
+        Returns:
+            The result of the cut; None where nothing was masked.
+        """
         self._remove()
         if self.plan is None:
             return self.result
@@ -97,7 +115,7 @@ class PruningCallback(TrainerCallback):
             )
         scores = {key: score.cpu() for key, score in self._scores.items()}
         analysis = Analysis(self._anatomy, replace(self.pruning, repair="none"), [], self._align, scores=scores)
-        self.result = apply(model, analysis, plan)
+        self.result = analysis.cut_(model, plan=plan)
         return self.result
 
     # --- gates -------------------------------------------------------------------------------------------------------
@@ -128,7 +146,7 @@ class PruningCallback(TrainerCallback):
         self._batch = len(given)
         self._examples += len(given) if module.training else 0
 
-    def _gate(self, key: SiteKey) -> Any:
+    def _gate(self, key: Where) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             gate = self._masks[key].expand(self._batch, -1)
             if module.training and torch.is_grad_enabled():
@@ -138,23 +156,23 @@ class PruningCallback(TrainerCallback):
 
         return hook
 
-    def _add(self, key: SiteKey, gradient: torch.Tensor) -> None:
-        """Gradients of a mean over B examples [B, U]: those of each example are B times that."""
+    def _add(self, key: Where, gradient: torch.Tensor) -> None:
+        """Add the squared gradient of each example. `gradient`, [B, U], is of a mean over B: B times too small."""
         self._fresh[key] += (gradient * len(gradient)).square().sum(0)
 
     def _update(self, keep: float) -> None:
-        """Fold what was seen since the last update into the scores, and mask by a plan for `keep`."""
+        """Fold the gradients since the last update into the scores, and mask by a plan for `keep`."""
         examples = torch.tensor(float(self._examples), device=next(iter(self._fresh.values())).device)
         self._ranks.sum_(examples, *self._fresh.values())
         for key, total in self._fresh.items():
             self._scores[key].mul_(DECAY).add_(total / examples.clamp_min(1), alpha=1 - DECAY)
             total.zero_()
         self._examples = 0
-        # what is masked is worth nothing any more, so that every plan removes it again
+        # what is masked scores 0, so that every later plan removes it again
         scores = {key: (score * self._masks[key]).cpu() for key, score in self._scores.items()}
         across = CRITERIA["fisher"].across
         self.plan = allocate(self._anatomy, scores, replace(self.pruning, keep=keep), self._align, across)
-        for site in self.plan.sites:
-            mask = torch.zeros_like(self._masks[site.key])
-            mask[list(site.kept)] = 1
-            self._masks[site.key] = mask
+        for kept in self.plan.sites:
+            mask = torch.zeros_like(self._masks[kept.where])
+            mask[list(kept.kept)] = 1
+            self._masks[kept.where] = mask

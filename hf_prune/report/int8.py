@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model.anatomy import quiet
 from ..checkpoint.proof import weights_id
+from ..decide.latency.cache import device_name
+from ..decide.latency.clock import synchronize
 from ..export.onnx import graph_inputs, to_onnx
 from ..files import write_text
-from ..decide.latency import device_name, random_inputs, synchronize
+from ..model.probe import random_inputs
+from ..model.weights import quiet
 from .measure import Clock, directory_bytes, entry, interleaved
 from .table import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CORNERS_FILE = "corners.json"
+INT8_FILE = "int8.json"
 NAMES = ("dense", "dense INT8", "pruned", "pruned INT8")
-AWAKE = 0.05  # seconds
+AWAKE = 0.05  # seconds of untimed calls before the timed one
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
 Forward = Callable[..., Any]  # (**inputs) -> an output with logits
 Evaluate = Callable[[Forward], Mapping[str, float]]
@@ -36,20 +38,23 @@ Serve = Callable[[Mapping[str, torch.Tensor]], Call]
 
 
 @dataclass(frozen=True)
-class Corner:
-    """One of the four in its engine: its files; opened, to be called as the model is; and opened for given inputs."""
+class Variant:
+    """One of the four models in its engine: its files, and two ways to open it.
+
+    What `open()` gives is called as the model is; what `serve(inputs)` gives takes no arguments and is timed.
+    """
 
     path: Path
     open: Callable[[], Forward]
     serve: Serve
 
     @classmethod
-    def held(cls, path: Path, forward: Forward) -> Corner:
-        """Of a model that stays open."""
+    def held(cls, path: Path, forward: Forward) -> Variant:
+        """The variant of a model that stays open."""
         return cls(path, lambda: forward, lambda inputs: partial(forward, **inputs))
 
 
-def corners(
+def compare_int8(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     evaluate: Evaluate | None = None,
@@ -58,7 +63,7 @@ def corners(
     shapes: Sequence[tuple[int, int]] = ((1, 64), (32, 64)),
     runs: int = 30,
 ) -> dict[str, Any]:
-    """Quality, bytes on disk and latency of the four, run in turn; in ONNX Runtime one is open at a time.
+    """Quality, bytes on disk and latency of the four models, timed in turn; ONNX Runtime has one open at a time.
 
     Args:
         evaluate: metrics of a callable that is called as the model is.
@@ -72,16 +77,16 @@ def corners(
         made, device = BUILDERS[engine](dense, pruned, Path(scratch))
         models: dict[str, Any] = {
             name: {
-                "bytes": directory_bytes(corner.path),
-                "metrics": dict(evaluate(corner.open())) if evaluate else {},
+                "bytes": directory_bytes(variant.path),
+                "metrics": dict(evaluate(variant.open())) if evaluate else {},
                 "latency": [],
             }
-            for name, corner in made.items()
+            for name, variant in made.items()
         }
         for batch, length in shapes:
             inputs = graph_inputs(dense, random_inputs(dense, batch, length))
             clocks: dict[str, Clock] = {
-                name: partial(_run, corner.serve, inputs, device) for name, corner in made.items()
+                name: partial(_run, variant.serve, inputs, device) for name, variant in made.items()
             }
             times = interleaved(clocks, runs, 3, f"{engine}, {batch} x {length}")
             for name, found in times.items():
@@ -97,7 +102,7 @@ def corners(
 
 
 def _run(serve: Serve, inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    """One timed call, as by a server that holds this model alone and is awake."""
+    """Seconds of one call by a process that has this model alone open and has just called it for a while."""
     call = serve(inputs)
     begun = time.perf_counter()
     while time.perf_counter() < begun + AWAKE:
@@ -119,34 +124,36 @@ def instructions() -> str:
 # --- engines: the four by name, and the device that they run on ------------------------------------------------------
 
 
-def _onnxruntime(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Corner], torch.device]:
+def _onnxruntime(
+    dense: PreTrainedModel, pruned: PreTrainedModel, home: Path
+) -> tuple[dict[str, Variant], torch.device]:
     import onnxruntime
     from transformers.exporters import ExportedModel
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
 
-    def serve(path: Path, inputs: Mapping[str, torch.Tensor]) -> Call:  # the wrapper takes half a millisecond a call
+    def serve(path: Path, inputs: Mapping[str, torch.Tensor]) -> Call:  # ExportedModel takes half a millisecond a call
         session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
         return partial(session.run, None, {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()})
 
-    made: dict[str, Corner] = {}
+    made: dict[str, Variant] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         path = home / name
         to_onnx(model, path, int8=int8)
         exported = partial(ExportedModel.from_pretrained, path, device="cpu", session_options=options)
-        made[name] = Corner(path, exported, partial(serve, path))
+        made[name] = Variant(path, exported, partial(serve, path))
     return made, torch.device("cpu")
 
 
-def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Corner], torch.device]:
+def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tuple[dict[str, Variant], torch.device]:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     except ImportError as error:
         raise ImportError("torchao is missing: pip install 'hf-prune[torchao]'") from error
     from transformers import TorchAoConfig
 
-    made: dict[str, Corner] = {}
+    made: dict[str, Variant] = {}
     for name, (model, int8) in _four(dense, pruned).items():
         model.save_pretrained(home / name)
         config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()) if int8 else None
@@ -155,7 +162,7 @@ def _torchao(dense: PreTrainedModel, pruned: PreTrainedModel, home: Path) -> tup
             opened.save_pretrained(home / f"{name} saved")
         forward = _inferring(opened.to(model.device).eval())
         path = home / (f"{name} saved" if int8 else name)
-        made[name] = Corner.held(path, forward)
+        made[name] = Variant.held(path, forward)
     return made, dense.device
 
 
@@ -177,7 +184,7 @@ BUILDERS = {"onnxruntime": _onnxruntime, "torchao": _torchao}
 # --- rendering -------------------------------------------------------------------------------------------------------
 
 
-def corner_rows(found: Mapping[str, Any]) -> list[Row]:
+def int8_rows(found: Mapping[str, Any]) -> list[Row]:
     """One row a model."""
     first = found["models"][NAMES[0]]
     rows: list[Row] = []
@@ -190,13 +197,13 @@ def corner_rows(found: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def corner_line(found: Mapping[str, Any]) -> str:
+def int8_line(found: Mapping[str, Any]) -> str:
     runs = found["models"][NAMES[0]]["latency"]
     text = f"{found['engine']}, {found['device']} ({found['instructions']}), {found['threads']} threads"
     return f"{text}; median of {runs[0]['runs']} interleaved runs." if runs else f"{text}."
 
 
-def write_corners(found: Sequence[Mapping[str, Any]], directory: str | os.PathLike[str]) -> None:
+def write_int8(found: Sequence[Mapping[str, Any]], directory: str | os.PathLike[str]) -> None:
     """What one or several engines found, beside the pruned weights, for the card."""
     written = {"weights": weights_id(directory), "engines": list(found)}
-    write_text(Path(directory) / CORNERS_FILE, json.dumps(written, indent=1) + "\n")
+    write_text(Path(directory) / INT8_FILE, json.dumps(written, indent=1) + "\n")

@@ -16,17 +16,17 @@ import torch
 from datasets import DatasetDict
 from tqdm.auto import tqdm
 
-from .. import oneshot
-from ..decide.allocate import SHAPES
-from ..checkpoint.save import save_pretrained
-from ..config import PruningConfig
-from ..files import write_text
-from ..report import corners
-from ..report.card import write_card, write_evaluation
-from ..report.engines import PLAIN, opened_by, opening_lines
-from ..report.measure import compare
-from ..report.render import write
-from ..report.table import Row, console, count, markdown, rich_table
+from hf_prune import PruningConfig, analyze, save_pretrained
+from hf_prune.decide.allocate import SHAPES
+from hf_prune.files import write_text
+from hf_prune.report.card import write_card
+from hf_prune.report.engines import PLAIN, opened_by, opening_lines
+from hf_prune.report.evidence import write_evaluation
+from hf_prune.report.int8 import BUILDERS, compare_int8, int8_line, int8_rows, write_int8
+from hf_prune.report.measure import compare
+from hf_prune.report.render import write
+from hf_prune.report.table import Row, console, count, markdown, rich_table
+
 from .finetune import finetuned
 from .real import minilm_path, reviews, tokenized
 
@@ -34,7 +34,7 @@ RELOAD = Path(__file__).with_name("reload.py")
 MAX_LENGTH = 64
 LATENCY_SHAPES = ((1, MAX_LENGTH), (32, MAX_LENGTH))
 NOT_PRUNED = "dense"
-CORNER = "uniform"  # the shapes that are also quantised
+QUANTISED = "uniform"  # the shapes that are compared in INT8 too
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -87,8 +87,8 @@ def run(out: Path, cache: Path, settings: Settings) -> dict[str, Any]:
     write_text(out / "table.md", markdown(rows) + "\n")
     _show(screen, rows, table)
     screen.print("5/5 INT8 too, with the engines that are installed")
-    corner = _corners(screen, models, data["validation"], tokenizer, settings)
-    _cards(out, found, measured, corner)
+    int8 = _int8(screen, models, data["validation"], tokenizer, settings)
+    _cards(out, found, measured, int8)
     written = f"{out}/{{{','.join(models)}}}, {out}/table.json; cards: {out}/*/README.md"
     screen.print(f"\nWritten: {written}\n{time.perf_counter() - started:.0f} s in all.", markup=False)
     return table
@@ -116,10 +116,10 @@ def _cut(
     )
     models, seconds = {NOT_PRUNED: model}, {NOT_PRUNED: 0.0}
     save_pretrained(model, out / NOT_PRUNED, processing_class=tokenizer, overwrite=True)
-    analysis = oneshot.analyze(model, data["train"], config, processing_class=tokenizer)
+    analysis = analyze(model, data["train"], config, processing_class=tokenizer)
     for shapes in tqdm(SHAPES, desc="shapes", leave=False):
         small = copy.deepcopy(model)
-        result = oneshot.apply(small, replace(analysis, config=replace(analysis.config, shapes=shapes)))
+        result = replace(analysis, config=replace(analysis.config, shapes=shapes)).cut_(small)
         save_pretrained(small, out / shapes, processing_class=tokenizer, overwrite=True)
         models[shapes], seconds[shapes] = small, sum(result.report["seconds"].values())
     return models, seconds
@@ -140,7 +140,7 @@ def _reload(out: Path, cache: Path, names: list[str], validation: Any) -> dict[s
     return found
 
 
-def _corners(
+def _int8(
     screen: Any, models: Mapping[str, Any], validation: Any, tokenizer: Any, settings: Settings
 ) -> list[dict[str, Any]]:
     """Pruning and INT8 together, with each engine that is installed; shown as they are found."""
@@ -154,19 +154,19 @@ def _corners(
 
     given: Any = {"shapes": LATENCY_SHAPES, "runs": settings.latency_runs}
     found = []
-    for engine in corners.BUILDERS:
+    for engine in BUILDERS:
         try:
-            result = corners.corners(models[NOT_PRUNED], models[CORNER], accuracy, engine=engine, **given)
+            result = compare_int8(models[NOT_PRUNED], models[QUANTISED], accuracy, engine=engine, **given)
         except ImportError as error:
             screen.print(f"{engine}: left out ({error})", markup=False)
             continue
-        screen.print(rich_table(corners.corner_rows(result), title=f"Pruned ({CORNER}) and INT8, {engine}"))
-        screen.print(corners.corner_line(result), markup=False)
+        screen.print(rich_table(int8_rows(result), title=f"Pruned ({QUANTISED}) and INT8, {engine}"))
+        screen.print(int8_line(result), markup=False)
         found.append(result)
     return found
 
 
-def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], corner: list[dict[str, Any]]) -> None:
+def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], int8: list[dict[str, Any]]) -> None:
     """A card for each pruned model, from JSON files written beside it."""
     for name in SHAPES:
         home = out / name
@@ -180,8 +180,8 @@ def _cards(out: Path, found: Mapping[str, Any], measured: Mapping[str, Any], cor
             command="hf-prune demo",
         )
         write({NOT_PRUNED: measured[NOT_PRUNED], name: measured[name]}, home)
-        if corner and name == CORNER:
-            corners.write_corners(corner, home)
+        if int8 and name == QUANTISED:
+            write_int8(int8, home)
         write_card(home, name=f"minilm-l6-rotten-tomatoes-{name}", base_model=BASE, license="apache-2.0")
 
 

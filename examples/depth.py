@@ -1,0 +1,103 @@
+"""SmolLM2-135M with fewer layers, with narrower ones, and with both: perplexity and measured latency.
+
+    make texts && python examples/depth.py                        # about two hours on two cores
+    python examples/depth.py --keeps 0.9 --tokens 8192 --windows 4
+
+For each share of the block parameters: neurons and KV groups, layers alone, and all together, where the division of the
+budget is chosen on held-out calibration rows. Calibrated on neither of the texts. Latency is a share of the dense one,
+medians of interleaved passes: a forward pass over 128 tokens, and a token after a prompt of 128. A JSON line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from smollm2 import perplexity, smollm2
+from texts import austen, brown, calibration, evaluation
+from transformers import default_data_collator
+
+from hf_prune import PruningConfig, analyze
+
+UNITS = {
+    "neurons and KV groups": ["neurons", "kv_groups"],
+    "layers": ["layers"],
+    "together": ["neurons", "kv_groups", "layers"],
+}
+PROMPT, DECODED = 128, 8
+
+
+@torch.inference_mode()
+def seconds(model: Any) -> tuple[float, float]:
+    """Of a pass over the prompt, and of each token after it."""
+    ids = torch.arange(PROMPT)[None] + 100
+    started = time.perf_counter()
+    cache = model(ids, use_cache=True).past_key_values
+    first = time.perf_counter()
+    for _ in range(DECODED):
+        cache = model(ids[:, :1], past_key_values=cache).past_key_values
+    return first - started, (time.perf_counter() - first) / DECODED
+
+
+def latencies(dense: Any, models: dict[str, Any], rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Shares of the dense model's time, medians over rounds in which every model has its turn."""
+    for model in (dense, *models.values()):
+        seconds(model)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for _ in range(rounds):
+        base = seconds(dense)
+        for name, model in models.items():
+            found[name].append(tuple(a / b for a, b in zip(seconds(model), base, strict=True)))  # type: ignore[arg-type]
+    return {
+        name: {key: statistics.median(pair[i] for pair in pairs) for i, key in enumerate(("forward", "decode"))}
+        for name, pairs in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keeps", default="0.9,0.8,0.7")
+    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate with")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens a text, to evaluate on")
+    parser.add_argument("--criterion", default="angular", help="which layers go")
+    options = parser.parse_args()
+    dense, tokenizer = smollm2(Path(".cache/smollm2"))
+    texts = {"brown": evaluation(tokenizer, brown(), options.windows)}
+    texts["austen"] = evaluation(tokenizer, austen(), options.windows)
+    rows = calibration(tokenizer, options.tokens)
+
+    def judged(model: Any) -> dict[str, float]:
+        return {f"perplexity_{text}": round(perplexity(model, windows), 2) for text, windows in texts.items()}
+
+    print(json.dumps({"model": "dense", **judged(dense)}), flush=True)
+    for keep in map(float, options.keeps.split(",")):
+        models, figures = {}, {}
+        for name, units in UNITS.items():
+            config = PruningConfig(
+                keep=keep, metric="params", units=units, sequence_length=128, layer_criterion=options.criterion
+            )
+            started = time.perf_counter()
+            analysis = analyze(dense, rows, config, data_collator=default_data_collator)
+            models[name] = copy.deepcopy(dense)
+            result = analysis.cut_(models[name])
+            figures[name] = {
+                "keep": keep,
+                "units": name,
+                "kept": round(result.report["keep"], 4),
+                "layers": len(models[name].model.layers),
+                **judged(models[name]),
+                "seconds": round(time.perf_counter() - started),
+                "divisions": [[row["kept"], row["held_out_loss"]] for row in result.report["divisions"]],
+            }
+        for name, shares in latencies(dense, models).items():
+            print(json.dumps({**figures[name], **{key: round(share, 3) for key, share in shares.items()}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Which units may go: the axes of a model that a configuration names, and the counts that each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import PruningConfig
+from ..model.anatomy import Anatomy
+from ..model.axes import Axis
+from ..model.sites import Site
+
+
+def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
+    """The units of a configuration, defaults filled in.
+
+    By default neurons, and attention in the largest units that leave a choice: KV groups where query heads share
+    several, the heads themselves where each has its own or all share one.
+
+    Raises:
+        ValueError: units that the stock class cannot express were asked for with stock shapes.
+    """
+    mute = {axis for site in anatomy.sites for axis in site.row.axes if axis.stock == "none"}
+    silent = {word for axis in mute for word in (axis.name, axis.alias)} if config.shapes == "stock" else set()
+    if config.units is None:
+        grouped = {site.inner.name for site in anatomy.sites if site.share > 1 and site.sizes[site.outer.name] > 1}
+        axes = [site.outer if site.inner.name in grouped else site.inner for site in anatomy.sites]
+        axes.sort(key=lambda axis: not axis.aligned)
+        return list(dict.fromkeys(axis.name for axis in axes if axis.name not in silent))
+    if silent.intersection(config.units):
+        allowed = dict.fromkeys(a.name for s in anatomy.sites for a in s.row.axes if a.name not in silent)
+        raise ValueError(
+            f"units={config.units} with shapes='stock': a stock {anatomy.model_type} config cannot say another number "
+            f"of {', '.join(sorted(axis.name for axis in mute))}. Allowed in stock shapes: "
+            f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads."
+        )
+    return list(config.units)
+
+
+def asked(axis: Axis, units: Sequence[str]) -> bool:
+    return axis.name in units or axis.alias in units
+
+
+def unit_of(site: Site, units: Sequence[str]) -> str:
+    """The axis by whose units a site is scored and planned."""
+    by_outer = asked(site.outer, units) and not asked(site.inner, units)
+    return site.outer.name if by_outer else site.inner.name
+
+
+def default_align(anatomy: Anatomy, device: str) -> int:
+    """32 on CPU, 64 on GPU, halved while the narrowest of what is aligned would offer fewer than 16 widths."""
+    align = 64 if device == "cuda" else 32
+    narrowest = min((site.sizes[site.inner.name] for site in anatomy.sites if site.inner.aligned), default=align)
+    while align > 1 and narrowest // align < 16:
+        align //= 2
+    return align

@@ -1,0 +1,128 @@
+"""What can be removed from a model, as data: what one index means (`Axis`), and along which tensors it runs (`Part`).
+
+A cut, a cost and a config follow from these rows by loops that know no structure by name. Paths are relative to one
+layer, those of a stack to `model.base_model`. This file needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["makes", "reads", "carries"]
+Stock = Literal["any", "divisors", "none"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What one index means: one unit, removed whole."""
+
+    name: str  # the word for it in `PruningConfig.units` and in plans: heads, kv_groups, neurons, layers, tokens
+    config: str  # key that sizes it
+    stock: Stock = (
+        "any"  # sizes that the stock config can say: any, only divisors of the hidden size, or none but dense
+    )
+    width: str = ""  # attribute of the layer that gives the entries of a unit in a tensor; "": one
+    width_config: str = ""  # key that must give that width once units are gone
+    alias: str = ""  # word that means these units where there is no axis of that name
+    tied: bool = False  # all sites of a kind in a stack keep the same indices
+    aligned: bool = False  # counts are rounded to `PruningConfig.align`
+    mixes: bool = False  # a unit compares tokens with tokens: 2·T·width multiply-adds a token beside its matrices
+    fixed: tuple[int, ...] = ()  # units that always stay
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dimension of one tensor, and the axes that lie along it one after the other.
+
+    A fused matrix with rows [q | k | v] has the axes (heads, kv_groups, kv_groups). Where the rows of a unit lie
+    together, as in [heads, (q, k, v)], that is one axis whose unit is three times as wide.
+    """
+
+    tensor: str  # parameter or buffer
+    dim: int
+    axes: tuple[str, ...]
+    role: Role = "makes"  # makes units · reads them (their columns are gated and refitted) · carries values of them
+    times: int = 1  # entries of a unit, in widths of its axis
+    single: bool = False  # one entry a unit, whatever the width of its axis: a bias of each head
+    source: str = ""  # stack whose output a matrix reads that does not read its own: keys of cross-attention
+    optional: bool = False  # not there in every model of the family
+
+    def entries(self, axis: str, widths: Mapping[str, int]) -> int:
+        """Of a unit of one of the axes, where these are their widths."""
+        return self.times * (1 if self.single else widths[axis])
+
+
+@dataclass(frozen=True)
+class Count:
+    """A module attribute that holds a number of units, or of columns, or of units in each unit of the outer axis."""
+
+    attribute: str
+    axis: str
+    of: Literal["units", "columns", "each"] = "units"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that a layer is called with, made by an earlier layer, with units along one dimension."""
+
+    name: str
+    dim: int
+    axis: str
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sublayer: its axes, outermost first, where they lie, and what else knows their sizes."""
+
+    kind: str  # attention, cross_attention, ffn: the last word of a site's key
+    axes: tuple[Axis, ...]
+    parts: tuple[Part, ...]
+    counts: tuple[Count, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    config_view: str = ""  # module whose forward() reads sizes from its config
+    norm: str = ""
+    norm_place: Literal["", "after", "inside"] = ""  # behind the residual sum (post-LN) · between projection and sum
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers, and its own axis: the layers."""
+
+    name: str  # "encoder" or "decoder"
+    layers: str
+    axis: Axis
+    sublayers: tuple[Sublayer, ...]  # in the order in which a layer runs them
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of `FAMILIES`."""
+
+    model_type: str
+    stacks: tuple[Stack, ...]
+    tokens: Axis = Axis("tokens", "vocab_size")  # of the embeddings, which transformers names (`get_input_embeddings`)
+    as_model_type: str = ""  # same weights, any head count: the explicit door where `stock` says divisors
+    post_norm_unless: str = ""  # config key; the norms stand behind the sum where it is false
+    norm_offset: float = 0.0  # norms compute x * (norm_offset + weight)
+
+
+# --- how rows are written --------------------------------------------------------------------------------------------
+
+Parts = tuple[Part, ...]
+
+
+def made_by(
+    path: str, *axes: str, conv1d: bool = False, times: int = 1, source: str = "", optional: bool = False
+) -> Parts:
+    """The outputs of a linear module, weight and bias. `conv1d`: GPT-2's, whose weight is [in, out]."""
+    return (
+        Part(f"{path}.weight", int(conv1d), axes, "makes", times, source=source, optional=optional),
+        Part(f"{path}.bias", 0, axes, "carries", times, source=source, optional=True),
+    )
+
+
+def read_by(path: str, axis: str, conv1d: bool = False) -> Parts:
+    """The inputs of a linear module: the columns of its weight."""
+    return (Part(f"{path}.weight", int(not conv1d), (axis,), "reads"),)

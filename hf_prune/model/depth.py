@@ -1,0 +1,89 @@
+"""Layers as units: fewer of them in a live model, and in its config."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .anatomy import Anatomy, Extent
+
+ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
+BY_NUMBER = ("out_indices", "out_features", "scale_attn_by_inverse_layer_idx")  # keys by which layers are told apart
+
+
+def check_droppable(model: Any, anatomy: Anatomy) -> None:
+    """Raise ValueError where a list in the config does not fit the layers, or where their numbers tell them apart."""
+    config = model.config
+    numbered = [key for key in BY_NUMBER if getattr(config, key, None)]
+    if numbered and (numbered[0] not in BY_NUMBER[:2] or "Backbone" in type(model).__name__):
+        raise ValueError(
+            f"units=['layers']: {numbered[0]}={getattr(config, numbered[0])!r} of this {anatomy.model_type} reads "
+            "layers by their numbers, which a cut would change. Remove other units."
+        )
+    lengths = {extent.of for extent in anatomy.extents if extent.path}
+    for key, values in lists_along(config):
+        if len(values) not in lengths:
+            raise ValueError(
+                f"units=['layers']: the config's {key} has {len(values)} entries, the model "
+                f"{' and '.join(map(str, sorted(lengths)))} layers. Mend config.json, then open the model again."
+            )
+
+
+def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The config's lists with an entry for each layer."""
+    for key, value in list(config.__dict__.items()):
+        if isinstance(value, list | tuple) and ALONG.search(key):
+            yield key, value
+
+
+def drop_layers_(model: Any, extent: Extent, kept: Sequence[int]) -> None:
+    """Keep only these layers of a stack, in place; numbers in the modules and in the configs follow."""
+    layers = model.get_submodule(extent.path)
+    owner, _, name = extent.path.rpartition(".")
+    setattr(model.get_submodule(owner), name, nn.ModuleList([layers[index] for index in kept]))
+    for index, layer in enumerate(model.get_submodule(extent.path)):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+    _write_(model.config, extent, kept)
+    own = next((m.config for path, m in _up(model, extent.path) if hasattr(m, "config")), model.config)
+    if own is not model.config:  # the copy that a stack holds calls its own layers `num_hidden_layers`
+        _write_(own, extent, kept)
+        own.num_hidden_layers = len(kept)
+
+
+def _up(model: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """The modules above a path, from the innermost."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path, model.get_submodule(path)
+
+
+def _write_(config: Any, extent: Extent, kept: Sequence[int]) -> None:
+    for key, values in lists_along(config):
+        if len(values) == extent.of:
+            setattr(config, key, [values[index] for index in kept])
+    setattr(config, extent.axis.config, len(kept))
+
+
+@contextlib.contextmanager
+def without_layers(model: Any, extent: Extent, kept: Sequence[int]) -> Iterator[None]:
+    """The model with only these layers of a stack, for passes without a cache; all are back afterwards."""
+    layers = model.get_submodule(extent.path)
+    owner, _, name = extent.path.rpartition(".")
+    parent = model.get_submodule(owner)
+    before = {key: getattr(model.config, key) for key, _ in lists_along(model.config)}
+    try:
+        setattr(parent, name, nn.ModuleList([layers[index] for index in kept]))
+        for key, values in before.items():
+            if len(values) == extent.of:
+                setattr(model.config, key, [values[index] for index in kept])
+        yield
+    finally:
+        setattr(parent, name, layers)
+        for key, values in before.items():
+            setattr(model.config, key, values)

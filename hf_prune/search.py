@@ -1,0 +1,180 @@
+"""One budget over unlike units: divisions of it are tried, and compared by what they lose on held-out rows.
+
+What is predicted for layers, for tokens and for the units of sites has different meanings, so that predictions only
+choose which divisions are tried: each is cut, repaired, measured and undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .checkpoint.layout import configs_of
+from .execute import Repair, execute_, touched
+from .model.anatomy import Anatomy, Extent
+from .model.depth import without_layers
+from .model.undo import undone
+from .model.weights import quiet
+from .plan import Kept, PruningPlan, Where
+from .score.depth import Order
+from .score.judge import Judge, Translate
+from .vocabulary.choice import token_configs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEPS = 8  # numbers of layers, at most, without which the loss is measured for predictions
+Allocate = Callable[[Sequence[Kept]], PruningPlan]  # of the rest of the budget, to the units of sites
+
+
+@dataclass(frozen=True)
+class Division:
+    """Layers and tokens that stay, the plan that keeps the budget with them, and what it loses."""
+
+    plan: PruningPlan
+    wide: tuple[Kept, ...]
+    predicted: float
+    measured: float | None = None
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all layers of a stack keep the same counts."""
+        counts = {(kept.where[0], kept.where[2], len(kept.kept)) for kept in self.plan.sites}
+        return len(counts) == len({count[:2] for count in counts})
+
+    def row(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "kept": {" ".join(map(str, (*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
+            "alike": self.is_alike,
+            "keep": self.plan.cost.get("keep"),
+            "predicted_loss": self.predicted,
+            "held_out_loss": self.measured,
+        }
+
+
+@dataclass
+class Search:
+    """What may be tried on a model: orders in which layers go, vocabularies, and who judges."""
+
+    anatomy: Anatomy
+    judge: Judge
+    orders: Mapping[Where, Order] = field(default_factory=dict)  # by stack
+    vocabularies: Sequence[tuple[int, ...]] = ()  # from the largest to the smallest
+    translate: Callable[[Sequence[int]], Translate] | None = None  # rows into the tokens of a vocabulary
+    without: Mapping[int, float] = field(default_factory=dict)  # layers gone -> loss, see `measure_`
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether layers or tokens may go."""
+        return bool(self.orders or self.vocabularies)
+
+    def measure_(self, model: PreTrainedModel) -> None:
+        """What missing layers alone cost, without any repair: at a few numbers of them, for predictions."""
+        for gone in dict.fromkeys(_thinned(range(self._most() + 1), STEPS)):
+            missing = [(self.anatomy.extent(*k.where), k.kept) for k in self._layers(gone) if not k.is_identity]
+            self.without = {**self.without, gone: _without(model, missing, self.judge) - self.judge.dense}
+
+    def divisions(self, allocate: Allocate) -> list[Division]:
+        """Divisions that reach the budget, with predicted losses: from the fewest layers gone to the most that help.
+
+        Raises:
+            ValueError: none reaches it.
+        """
+        found: list[tuple[PruningPlan, tuple[Kept, ...], int]] = []
+        problem: ValueError | None = None
+        for gone in range(self._most() + 1):
+            for tokens in self.vocabularies or [()]:
+                wide = (*self._layers(gone), *self._tokens(tokens))
+                try:
+                    plan = allocate(wide)
+                except ValueError as error:  # out of reach
+                    problem = error
+                    continue
+                found.append((plan, wide, gone))
+                if all(kept.is_identity for kept in plan.sites):
+                    break  # a smaller vocabulary takes more than the budget asks for
+            if found and all(kept.is_identity for kept in found[-1][0].sites) and tokens == (*self.vocabularies, ())[0]:
+                break  # and so do fewer layers
+        if not found:
+            raise problem or ValueError("No division of the budget is possible.")
+        known = [*self.without], [*self.without.values()]
+        return [
+            Division(plan, wide, plan.cost["predicted_loss"] + float(np.interp(gone, *known)) if known[0] else 0.0)
+            for plan, wide, gone in found
+        ]
+
+    def best(
+        self, model: PreTrainedModel, divisions: Sequence[Division], repair: Repair, tries: int
+    ) -> tuple[Division, list[Division]]:
+        """The division of least held-out loss among the ends and those of least predicted loss, and all that was
+        tried. The model is as it was afterwards."""
+        few = _few(divisions, tries)
+        if len(few) == 1:
+            return few[0], few
+        measured = [self._measured(model, each, repair) for each in tqdm(few, desc="divisions of the budget")]
+        return min(measured, key=lambda each: each.measured or 0.0), measured
+
+    def _measured(self, model: PreTrainedModel, division: Division, repair: Repair) -> Division:
+        configs = [*configs_of(model), *token_configs(model)]
+        modules = touched(model, self.anatomy, division.plan)
+        with quiet(model), undone(modules, list({id(config): config for config in configs}.values())):
+            execute_(model, self.anatomy, division.plan, repair)
+            loss = self.judge(model, *self._translations(division.wide))
+        return Division(division.plan, division.wide, division.predicted, loss)
+
+    def _translations(self, wide: Sequence[Kept]) -> list[Translate]:
+        tokens = next((kept for kept in wide if kept.where == ()), None)
+        return [self.translate(tokens.kept)] if tokens is not None and self.translate is not None else []
+
+    def _most(self) -> int:
+        """Layers that may go, of the deepest stack."""
+        return max((extent.of - max(1, len(extent.axis.fixed)) for extent in self._stacks()), default=0)
+
+    def _stacks(self) -> list[Extent]:
+        return [self.anatomy.extent(*where) for where in self.orders]
+
+    def _layers(self, gone: int) -> list[Kept]:
+        """The same share of each stack."""
+        stacks = self._stacks()
+        deepest = max((extent.of for extent in stacks), default=1)
+        found = []
+        for extent in stacks:
+            count = min(round(gone * extent.of / deepest), extent.of - max(1, len(extent.axis.fixed)))
+            dropped = {*self.orders[extent.where](count)} if count else set()
+            kept = tuple(index for index in range(extent.of) if index not in dropped)
+            found.append(Kept(extent.where, extent.axis.name, extent.of, kept))
+        return found
+
+    def _tokens(self, kept: Sequence[int]) -> list[Kept]:
+        if not kept:
+            return []
+        extent = self.anatomy.extent()
+        return [Kept((), extent.axis.name, extent.of, tuple(kept))]
+
+
+def _thinned(found: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, evenly, with both ends."""
+    if len(found) <= most:
+        return list(found)
+    return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+
+
+def _without(model: PreTrainedModel, missing: Sequence[tuple[Extent, Sequence[int]]], judge: Judge) -> float:
+    if not missing:
+        return judge(model)
+    (extent, kept), *rest = missing
+    with without_layers(model, extent, kept):
+        return _without(model, rest, judge)
+
+
+def _few(divisions: Sequence[Division], tries: int) -> list[Division]:
+    """The first and the last, which take from one kind of unit as little as they can, and the best predicted."""
+    ends = [divisions[0], divisions[-1]] if len(divisions) > 1 and tries > 1 else []
+    rest = sorted((each for each in divisions if each not in ends), key=lambda each: each.predicted)
+    few = [*ends, *rest[: max(tries - len(ends), 0)]]
+    return [each for each in divisions if each in few]
