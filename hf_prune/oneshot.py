@@ -228,7 +228,8 @@ def _search(
         _vocabularies(anatomy, config, words),
         None if words is None else lambda kept: translation(words.tokenizer, trimmed(words.tokenizer, kept), model),
     )
-    found.measure_(model)
+    if stacks:
+        found.measure_(model)
     return found
 
 

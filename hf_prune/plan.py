@@ -315,11 +315,18 @@ class PruningPlan:
     def diff(self, other: PruningPlan) -> Iterable[tuple[Where, tuple[int, ...], tuple[int, ...]]]:
         """(place, units kept only here, units kept only in `other`) for every place that differs."""
         must_be_plan(other)
-        theirs = {kept.where: set(kept.kept) for kept in other.kept}
-        for kept in self.kept:
-            mine, their = set(kept.kept), theirs.get(kept.where, set())
-            if mine != their:
-                yield kept.where, tuple(sorted(mine - their)), tuple(sorted(their - mine))
+        for place in dict.fromkeys(kept.where for kept in (*self.kept, *other.kept)):
+            mine, theirs = _units_at(place, self, other), _units_at(place, other, self)
+            if mine != theirs:
+                yield place, tuple(sorted(mine - theirs)), tuple(sorted(theirs - mine))
+
+
+def _units_at(place: Where, plan: PruningPlan, other: PruningPlan) -> set[int]:
+    """What one of two plans keeps at a place that at least one of them names."""
+    found = plan.get(place)
+    if found is None:  # layers and tokens are whole, units of a site are gone with their layer
+        return set(range(other[place].of)) if len(place) < 3 else set()
+    return set(found.kept)
 
 
 def _stays(where: Where, layers: Kept | None) -> bool:

@@ -26,10 +26,10 @@ FLAGS = {
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
     "prune": (
-        "--align --allocation --calibration-samples --calibration-seed --criterion --data --debug --device-map "
-        "--dry-run --dtype --help --keep --label-column --latency-batch-size --metric --model-type --out --overwrite "
-        "--preset --remote-code --repair --revision --scope --sequence-length --shapes --split "
-        "--task --text-column --tokenizer --units"
+        "--align --allocation --calibration-samples --calibration-seed --candidates --criterion --data --debug "
+        "--device-map --dry-run --dtype --help --keep --label-column --latency-batch-size --layer-criterion "
+        "--max-tokens --metric --min-count --model-type --out --overwrite --preset --remote-code --repair --revision "
+        "--scope --sequence-length --shapes --split --task --text-column --tokenizer --units --vocabulary"
     ),
     "train": "--debug --help --set",
 }
@@ -148,11 +148,11 @@ def test_printed_lines_open_what_was_saved(bert, labelled, tmp_path, capsys):
 
 
 def test_several_keeps_make_one_table_from_one_pass(bert, labelled, tmp_path, capsys, monkeypatch):
-    from hf_prune import oneshot
+    from hf_prune.score import scoring
 
     calls = []
-    statistics = oneshot.statistics
-    monkeypatch.setattr(oneshot, "statistics", lambda *a, **k: calls.append(1) or statistics(*a, **k))
+    statistics = scoring.statistics
+    monkeypatch.setattr(scoring, "statistics", lambda *a, **k: calls.append(1) or statistics(*a, **k))
     arguments = ["--keep", "0.9,0.6,0.75", "--shapes", "per_layer", "--out", str(tmp_path / "out")]
     assert main(["prune", bert, "--data", labelled, *arguments, *CUT]) == 0
     shown = capsys.readouterr().out
@@ -230,8 +230,10 @@ def test_inspect(bert, llama, capsys):
         "not run in our tests",
     ):
         assert expected in shown
-    shares = [float(x) for x in re.findall(r"\((\d+\.\d)%\)", shown)]
-    assert sum(shares[::2]) == pytest.approx(100, abs=0.2)
+    for column in zip(*re.findall(r"\((\d+\.\d)%\).*\((\d+\.\d)%\)", shown), strict=True):  # parameters, MACs
+        assert sum(map(float, column)) == pytest.approx(100, abs=0.25)
+    assert main(["inspect", bert, "--sequence-length", "32", "--device-map", "meta"]) == 0
+    assert capsys.readouterr().out == shown  # what is read are sizes alone
     assert main(["inspect", llama]) == 0
     shown = capsys.readouterr().out
     assert "4 heads of 8 in 2 KV groups" in shown

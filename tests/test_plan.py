@@ -10,6 +10,7 @@ import pytest
 from tiny import changed, cut_everywhere, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune
+from hf_prune.checkpoint.history import pack, unpack
 from hf_prune.plan import Kept
 
 KEY = ("decoder", 0, "attention")
@@ -75,6 +76,54 @@ def test_compose_heads_then_groups():
     assert both[KEY] == site([0, 6])
 
 
+def drawn(rng, count):
+    return sorted(rng.sample(range(count), rng.randint(1, count)))
+
+
+def random_plan(rng, widths, tokens):
+    """Layers (or not), tokens (or not), and units of every layer that stays; and what is left of each dense layer."""
+    layers = drawn(rng, len(widths)) if rng.random() < 0.8 else list(range(len(widths)))
+    units = {layer: drawn(rng, widths[layer]) for layer in layers}
+    kept = [site(units[layer], widths[layer], "neurons", ("decoder", layer, "ffn")) for layer in layers]
+    if len(layers) < len(widths):
+        kept.append(site(layers, len(widths), "layers", ("decoder",)))
+    words = drawn(rng, tokens) if rng.random() < 0.8 else list(range(tokens))
+    if len(words) < tokens:
+        kept.append(site(words, tokens, "tokens", ()))
+    return plan(*rng.sample(kept, len(kept))), layers, units, words
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_plans_of_layers_tokens_and_units_compose_as_indexing_twice(seed):
+    rng = random.Random(seed)
+    first, layers, units, words = random_plan(rng, [rng.randint(2, 9) for _ in range(6)], 12)
+    then, again, narrowed, fewer = random_plan(rng, [len(units[layer]) for layer in layers], len(words))
+    both = first.compose(then)
+    wanted = {layers[i]: tuple(units[layers[i]][j] for j in narrowed[i]) for i in again}
+    assert {kept.where[1]: kept.kept for kept in both.sites} == wanted
+    assert both.layers("decoder", 6) == tuple(wanted)
+    tokens = both.get(())
+    assert (tuple(range(12)) if tokens is None else tokens.kept) == tuple(words[i] for i in fewer)
+    assert PruningPlan.from_json(both.to_json()) == both
+    assert unpack("llama", pack(both)) == both
+
+
+def test_a_layer_that_the_first_plan_does_not_leave_is_refused():
+    first = plan(site([0], 2, "layers", ("decoder",)), site([0, 1]))
+    with pytest.raises(ValueError, match=r"decoder layer 1 attention: the first plan leaves 1 layers"):
+        first.compose(plan(site([0], of=2, where=("decoder", 1, "attention"))))
+
+
+def test_units_of_a_layer_that_goes_are_refused():
+    with pytest.raises(ValueError, match=r"decoder layer 0 attention: the plan drops that layer"):
+        plan(site([1], 2, "layers", ("decoder",)), site([0]))
+
+
+def test_summary_names_layers_and_tokens():
+    text = plan(site([0, 2], 4, "layers", ("decoder",)), site(range(3), 1200, "tokens", ())).summary()
+    assert text.splitlines() == ["decoder layers: 2 of 4 (without 1, 3)", "tokens: 3 of 1,200"]
+
+
 def test_compose_keeps_sites_that_the_second_plan_leaves_out():
     other = site([1], where=("decoder", 1, "attention"))
     assert plan(site([0, 1]), other).compose(plan(site([1], of=2)))[other.where] == other
@@ -90,6 +139,13 @@ def test_diff():
     a, b = plan(site([0, 1, 2]), same), plan(site([1, 2, 3]), same)
     assert list(a.diff(b)) == [(KEY, (0,), (3,))]
     assert list(a.diff(a)) == []
+
+
+def test_diff_of_layers_and_of_what_only_one_plan_names():
+    other = site([0, 1], where=("decoder", 1, "attention"))
+    whole, shorter = plan(site([0, 1]), other), plan(site([0, 1]), site([0], 2, "layers", ("decoder",)))
+    assert list(whole.diff(shorter)) == [(other.where, (0, 1), ()), (("decoder",), (1,), ())]
+    assert list(shorter.diff(whole)) == [(("decoder",), (), (1,)), (other.where, (), (0, 1))]
 
 
 def test_identity():

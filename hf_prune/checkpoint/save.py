@@ -34,7 +34,7 @@ def save_pretrained(
 
     Args:
         batches: inputs to compare the reloaded model on; default: rows kept by prune(), else random tokens.
-        processing_class: tokenizer or processor, saved alongside; default: that of a vocabulary which prune() shortened.
+        processing_class: tokenizer or processor, saved alongside; default: the tokenizer that prune() shortened.
         overwrite: replace a directory that is not empty.
         remote_code: add one generated file, so that the checkpoint opens with trust_remote_code without hf_prune.
         model_type: save the same weights as this stock family ("mistral" for a Llama with any head count).

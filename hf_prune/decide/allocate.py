@@ -173,15 +173,15 @@ def _coupled(anatomy: Anatomy) -> list[list[Site]]:
 
 
 def _groups(anatomy: Anatomy, shapes: str, units: Sequence[str]) -> list[list[Site]]:
-    """Sites that must share a count: all under one config key, or, per layer, those of a layer. What is not asked for
-    stays as it is, also where layers differ already.
+    """Sites that must share a count: all under one config key, or, per layer, those of a layer. Where no units of sites
+    are asked for, all stay as they are, also where layers differ already.
 
     Encoder-decoder models have a form of their own that tells the sites of a layer apart; not so a lone decoder, whose
     cross-attention never runs.
     """
     if shapes != "per_layer":
-        free = {site.key for site in anatomy.sites if not any(asked(axis, units) for axis in site.row.axes)}
-        return _grouped(anatomy, lambda site: site.key if site.key in free else site.inner.config)
+        some = any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes)
+        return _grouped(anatomy, lambda site: site.inner.config if some else site.key)
     if len({site.stack for site in anatomy.sites}) > 1:
         return _coupled(anatomy)
     return _grouped(anatomy, lambda site: (site.stack, site.kind if site.inner.tied else site.layer, site.inner.config))

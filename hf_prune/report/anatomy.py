@@ -40,7 +40,7 @@ def facts(model: Any, anatomy: Anatomy, name: str, sequence_length: int) -> list
 
 
 def anatomy_rows(anatomy: Anatomy, sequence_length: int) -> list[Row]:
-    """One row a stack and kind, and one for what cannot be removed."""
+    """One row a stack and kind, one for the vocabulary, and one for all else."""
     models = {
         "parameters": cost_model(anatomy, "params", sequence_length, "model"),
         "MACs": cost_model(anatomy, "macs", sequence_length, "model"),
@@ -53,8 +53,13 @@ def anatomy_rows(anatomy: Anatomy, sequence_length: int) -> list[Row]:
         | {name: _share(model, anatomy, sites) for name, model in models.items()}
         for (stack, kind), sites in groups.items()
     ]
-    fixed = {name: _cell(model.fixed, model.total(anatomy.sizes)) for name, model in models.items()}
-    return [*rows, {"site": "the rest (stays)", "layers": "", "units of a layer": "embeddings, norms, head"} | fixed]
+    tokens = anatomy.sizes.get((), {}).get("tokens", 0)
+    costs = {name: (model.token * tokens, model.wide(anatomy.sizes), model) for name, model in models.items()}
+    words = {name: _cell(part, model.total(anatomy.sizes)) for name, (part, _, model) in costs.items()}
+    rest = {name: _cell(wide - part, model.total(anatomy.sizes)) for name, (part, wide, model) in costs.items()}
+    if tokens:
+        rows.append({"site": "the vocabulary", "layers": "", "units of a layer": f"{tokens:,} tokens"} | words)
+    return [*rows, {"site": "the rest", "layers": "", "units of a layer": "norms, positions, other heads"} | rest]
 
 
 def _units(sites: Sequence[Site]) -> str:

@@ -18,7 +18,6 @@ from ..files import write_text
 from . import plots
 from .engines import checkpoint_rows, opened_by, opening_lines, task_of
 from .evidence import DENSE, EVALUATION, PRUNED, Evidence
-from .evidence import write_evaluation as write_evaluation  # train/card.py takes it from here
 from .int8 import INT8_FILE, int8_line, int8_rows
 from .quote import code, fenced, line, quoted
 from .render import MEASUREMENTS, measured_rows, setting_line

@@ -49,7 +49,8 @@ class Card:
             given: arguments of `hf_prune.report.card.write_card`.
         """
         try:
-            from ..report.card import DENSE, PRUNED, write_card, write_evaluation
+            from ..report.card import write_card
+            from ..report.evidence import DENSE, PRUNED, write_evaluation
 
             rows, pruned = self._found.get(step, (None, {}))
             of_dense, dense = self._found.get(None, (None, {}))

@@ -72,7 +72,7 @@ def _of_file(path: Path, column: str | None) -> Iterator[str]:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
     try:
-        yield from _lines(path) if FORMATS[path.suffix] == "text" else _of_dataset(_opened(path), column)
+        yield from _lines(path) if FORMATS[path.suffix] == "text" else _of_batches(_batches(path), column)
     except ValueError as error:  # of datasets, pandas and pyarrow too: damaged files
         raise ValueError(f"{path}: {error}") from error
 
@@ -82,18 +82,30 @@ def _lines(path: Path) -> Iterator[str]:
         yield from iter(partial(file.readline, LINE), "")
 
 
-def _opened(path: Path) -> Any:
+def _batches(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a file by columns, some at a time."""
+    if FORMATS[path.suffix] == "parquet":  # datasets buffers what it has read: in the end, the file
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path, pre_buffer=False) as file:
+            yield from (batch.to_pydict() for batch in file.iter_batches(ROWS))
+        return
     from datasets import load_dataset
 
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+    rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+    yield from rows.iter(batch_size=ROWS)
 
 
 def _of_dataset(dataset: Any, column: str | None) -> Iterator[str]:
     if isinstance(dataset, Mapping):
         raise ValueError(f"A dataset of several splits ({', '.join(dataset)}) holds the texts: give one of them.")
+    yield from _of_batches(dataset.iter(batch_size=ROWS), column)
+
+
+def _of_batches(batches: Iterable[Mapping[str, Any]], column: str | None) -> Iterator[str]:
     read, name = 0, ""
-    for batch in dataset.iter(batch_size=ROWS):
+    for batch in batches:
         name = name or _column(batch, column)
         cells = enumerate(batch[name], start=read + 1)
         yield from (_text(text, f"Row {row} of column {name!r}") for row, text in cells if text is not None)

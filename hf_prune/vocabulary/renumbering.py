@@ -13,7 +13,7 @@ IDS = re.compile(  # pad_token_id, image_token_index, Whisper's lang_to_id, XLM'
 )
 FORBIDDING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")  # moot for a removed token
 PLACED = "forced_decoder_ids"  # pairs of a position and an id
-SIZE = re.compile(r".*vocab_size.*|n_words")
+SIZE = re.compile(r"(?!.*type_vocab).*vocab_size.*|n_words")
 
 
 class Entry(NamedTuple):
@@ -57,26 +57,24 @@ def renumber_(configs: Iterable[Any], mapping: Mapping[int, int], rows: int) -> 
 
 def _entries(config: Any, rows: int, path: str) -> Iterator[Entry]:
     """All that holds ids of this vocabulary, or its size."""
-    for key, value in list(_items(config)):
+    for key, value in _items(config).items():
         entry = Entry(config, str(key), value, f"{path}.{key}")
         if _is_entry(entry, rows):
             yield entry
-        elif hasattr(value, "to_dict") or (isinstance(value, dict) and IDS.fullmatch(entry.key) is None):
-            sizes = [size for name, size in _items(value) if name == "vocab_size"]
-            if sizes in ([], [rows]):
-                yield from _entries(value, rows, entry.path)
+        elif (isinstance(value, dict) or hasattr(value, "to_dict")) and _items(value).get("vocab_size", rows) == rows:
+            yield from _entries(value, rows, entry.path)
 
 
-def _items(config: Any) -> Iterable[tuple[Any, Any]]:
-    return (config if isinstance(config, dict) else vars(config)).items()
+def _items(config: Any) -> dict[Any, Any]:
+    items = config if isinstance(config, dict) else vars(config)
+    return {key: value for key, value in items.items() if not str(key).startswith("_")}
 
 
 def _is_entry(entry: Entry, rows: int) -> bool:
-    if entry.value is None or entry.key.startswith("_"):
-        return False
     if SIZE.fullmatch(entry.key):
         return bool(entry.value == rows)
-    return entry.key in (*FORBIDDING, PLACED) or IDS.fullmatch(entry.key) is not None
+    is_named = entry.key in (*FORBIDDING, PLACED) or IDS.fullmatch(entry.key) is not None
+    return is_named and entry.value is not None
 
 
 def _renumbered(entry: Entry, mapping: Mapping[int, int], rows: int) -> Any:
