@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers
 from tiny import CLASSES, FAMILY_NAMES, changed, distance, outputs, snapshot, tiny_batch, tiny_model, within_reach
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
+from hf_prune.decide.costs import cost_model
+from hf_prune.model.probe import probe_inputs
 from hf_prune.repair.walk import improvement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
@@ -140,3 +143,14 @@ def test_labels_without_a_known_loss_are_refused(class_name):
     with pytest.raises(ValueError, match=rf"{class_name}.*hessian"):
         prune(model, [batch_of(model)], PruningConfig(keep=0.9, metric="params"))
     assert list(changed(before, model)) == []
+
+
+@every_head
+def test_macs_of_every_head_match_the_flop_counter(family, class_name):
+    """The anatomy runs nothing: it knows which matrices outside the blocks see every token, and which an example."""
+    model = tiny_model(family, class_name, attn_implementation="eager")
+    anatomy, length = describe(model), 24
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**probe_inputs(model, length))
+    counted = counter.get_total_flops() / 2
+    assert cost_model(anatomy, "macs", length, "model").total(anatomy.sizes) == pytest.approx(counted, rel=0.01)

@@ -166,6 +166,14 @@ def test_import_loads_no_modelling_file():
     assert [name for name in loaded if not name.startswith("transformers.models.auto.")] == []
 
 
+def test_import_loads_the_loader_and_what_it_needs():
+    loaded = ast.literal_eval(run("import sys, hf_prune; print([m for m in sys.modules if m.startswith('hf_prune.')])"))
+    needed = {"checkpoint": ("layout", "loader"), "model": ("axes", "cut", "families", "sites")}
+    assert {*loaded} == {f"hf_prune.{room}" for room in needed} | {
+        f"hf_prune.{room}.{file}" for room, files in needed.items() for file in files
+    }
+
+
 def test_the_trainer_imports_neither_exports_nor_cards():
     code = "import sys; from hf_prune import PruningTrainer; print([m for m in sys.modules if 'hf_prune.' in m])"
     rooms = {name.split(".")[1] for name in ast.literal_eval(run(code))}
