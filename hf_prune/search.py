@@ -102,11 +102,14 @@ class Search:
                 break  # and so do fewer layers
         if not found:
             raise problem or ValueError("No division of the budget is possible.")
-        known = [*self.without], [*self.without.values()]
-        return [
-            Division(plan, wide, plan.cost["predicted_loss"] + float(np.interp(gone, *known)) if known[0] else 0.0)
-            for plan, wide, gone in found
-        ]
+        return [Division(plan, wide, self._predicted(plan, gone)) for plan, wide, gone in found]
+
+    def _predicted(self, plan: PruningPlan, gone: int) -> float:
+        """The loss of the units that go, and of the layers; alike for all where only vocabularies differ, of which
+        nothing is predicted: the largest comes first then."""
+        if not self.without:
+            return 0.0
+        return float(plan.cost["predicted_loss"] + np.interp(gone, [*self.without], [*self.without.values()]))
 
     def best(
         self, model: PreTrainedModel, divisions: Sequence[Division], repair: Repair, tries: int
