@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
 from hf_prune.plan import Kept, PruningPlan
+from hf_prune.report.card import write_card
 
 SIZES = {
     "bert": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
@@ -142,6 +143,28 @@ def test_tokens_and_neurons_share_a_budget(tmp_path):
     save_pretrained(model, tmp_path / "small")
     small = AutoTokenizer.from_pretrained(tmp_path / "small")
     assert outputs(model, rows(model, small, texts)).isfinite().all()
+
+
+def test_the_card_says_which_layers_and_tokens_went(tmp_path):
+    tokenizer = bert()
+    model = model_for("bert", "BertForSequenceClassification", tokenizer, max_position_embeddings=40)
+    before, texts = model.config.vocab_size, sentences(64, seed=3)
+    batch = {**rows(model, tokenizer, texts), "labels": torch.arange(64) % 2}
+    plan = PruningPlan(
+        "bert",
+        (
+            Kept(("encoder",), "layers", 2, (1,)),
+            Kept((), "tokens", before, tuple(range(len(tokenizer) - 1))),
+            Kept(("encoder", 1, "attention"), "heads", 4, (0, 1, 2, 3)),
+            Kept(("encoder", 1, "ffn"), "neurons", 48, tuple(range(48))),
+        ),
+    )
+    config = PruningConfig(criterion="magnitude", repair="none")
+    prune(model, [batch], config, processing_class=tokenizer, plan=plan)
+    save_pretrained(model, tmp_path / "small")
+    text = write_card(tmp_path / "small").read_text()
+    assert "| layers of the encoder | 2 | 1 |" in text
+    assert f"| tokens | {before:,} | {len(tokenizer) - 1:,} |" in text
 
 
 def test_without_texts_the_ids_of_all_data_count():
