@@ -5,7 +5,8 @@
 
 For each share of the block parameters: neurons and KV groups, layers alone, and all together, where the division of the
 budget is chosen on held-out calibration rows. Calibrated on neither of the texts. Latency is a share of the dense one,
-medians of interleaved passes: a forward pass over 128 tokens, and a token after a prompt of 128. A JSON line each.
+medians of interleaved passes: a forward pass over 128 tokens, and a token after a prompt of 128. A JSON line each, and
+a picture.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from curves import draw
 from smollm2 import perplexity, smollm2
 from texts import austen, brown, calibration, evaluation
 from transformers import default_data_collator
 
 from hf_prune import PruningConfig, analyze
+from hf_prune.model.probe import cache_argument
 
 UNITS = {
     "neurons and KV groups": ["neurons", "kv_groups"],
@@ -37,11 +40,12 @@ PROMPT, DECODED = 128, 8
 def seconds(model: Any) -> tuple[float, float]:
     """Of a pass over the prompt, and of each token after it."""
     ids = torch.arange(PROMPT)[None] + 100
+    name = cache_argument(model)
     started = time.perf_counter()
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[name]
     first = time.perf_counter()
     for _ in range(DECODED):
-        cache = model(ids[:, :1], past_key_values=cache).past_key_values
+        cache = model(ids[:, :1], **{name: cache})[name]
     return first - started, (time.perf_counter() - first) / DECODED
 
 
@@ -66,16 +70,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate with")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens a text, to evaluate on")
     parser.add_argument("--criterion", default="angular", help="which layers go")
+    parser.add_argument("--picture", type=Path, default=Path("depth.png"))
     options = parser.parse_args()
     dense, tokenizer = smollm2(Path(".cache/smollm2"))
     texts = {"brown": evaluation(tokenizer, brown(), options.windows)}
     texts["austen"] = evaluation(tokenizer, austen(), options.windows)
-    rows = calibration(tokenizer, options.tokens)
+    calibrated_on = calibration(tokenizer, options.tokens)
 
     def judged(model: Any) -> dict[str, float]:
-        return {f"perplexity_{text}": round(perplexity(model, windows), 2) for text, windows in texts.items()}
+        found = {f"perplexity_{text}": round(perplexity(model, windows), 2) for text, windows in texts.items()}
+        return found | {"perplexity": round(statistics.geometric_mean(found.values()), 2)}
 
-    print(json.dumps({"model": "dense", **judged(dense)}), flush=True)
+    whole, rows = judged(dense), []
+    print(json.dumps({"model": "dense", **whole}), flush=True)
     for keep in map(float, options.keeps.split(",")):
         models, figures = {}, {}
         for name, units in UNITS.items():
@@ -83,7 +90,7 @@ def main() -> None:
                 keep=keep, metric="params", units=units, sequence_length=128, layer_criterion=options.criterion
             )
             started = time.perf_counter()
-            analysis = analyze(dense, rows, config, data_collator=default_data_collator)
+            analysis = analyze(dense, calibrated_on, config, data_collator=default_data_collator)
             models[name] = copy.deepcopy(dense)
             result = analysis.cut_(models[name])
             figures[name] = {
@@ -96,7 +103,10 @@ def main() -> None:
                 "divisions": [[row["kept"], row["held_out_loss"]] for row in result.report["divisions"]],
             }
         for name, shares in latencies(dense, models).items():
-            print(json.dumps({**figures[name], **{key: round(share, 3) for key, share in shares.items()}}), flush=True)
+            rows.append({**figures[name], **{key: round(share, 3) for key, share in shares.items()}})
+            print(json.dumps(rows[-1]), flush=True)
+    panels = {"forward": "forward pass, 1 × 128 (dense = 1)", "decode": "each token after it (dense = 1)"}
+    draw(rows, whole["perplexity"], panels, "perplexity", options.picture)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ def model_for(family, name, tokenizer, spare=3, **changes):
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer) + spare,
-        **SIZES[family],
+        **(SIZES[family] | changes),
         **{f"{key}_token_id": value for key, value in ids.items()},
         **start,
-        **changes,
     )
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
