@@ -22,6 +22,7 @@ Criterion = Literal[
     "fisher_model",
     "fisher_block",
     "fisher_obs",
+    "fisher_joint",
     "fisher_obs_root",
     "kprune",
     "taylor",

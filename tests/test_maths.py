@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import tiny, tiny_batch
+from tiny import singles, tiny, tiny_batch
 from torch.nn import functional
 
 from hf_prune import describe
@@ -28,6 +28,8 @@ from hf_prune.score.criteria import (
     REPRESENTATION,
     SiteStatistics,
     activation,
+    falling,
+    fisher_joint,
     fisher_obs,
     fisher_obs_root,
     fluctuation,
@@ -135,6 +137,22 @@ def test_a_bert_classifier_reads_only_the_first_token_of_its_last_layer():
     assert (last[:, 0] > 0).all()
     assert not last[:, 1:].any()
     assert all((found[site.key].view(drawn[0].size, -1)[:, 1:] > 0).any() for site in sites[:2])
+
+
+def test_products_of_output_gradients_are_summed_over_batches():
+    model = tiny("BertForSequenceClassification")
+    batch, sites = tiny_batch(model), describe(model).sites
+    units = {site.key: site.sizes[site.inner.name] for site in sites}
+    found = {site.key: torch.zeros(model.config.hidden_size, model.config.hidden_size) for site in sites}
+    for part in draw(model, singles(batch), 8, 0):
+        gradients(model, sites, units, part, outputs=found)
+    for site in sites:
+        seen = []
+        handle = consumer(model, site).register_forward_hook(lambda *args, seen=seen: seen.append(args[-1]))
+        loss = model(**batch).loss * len(batch["labels"])  # the sum over examples
+        handle.remove()
+        rows = torch.autograd.grad(loss, seen[0])[0].flatten(0, 1)
+        torch.testing.assert_close(found[site.key], rows.T @ rows, rtol=1e-3, atol=1e-9)
 
 
 def test_a_large_ridge_returns_the_original_weights_but_not_the_bias():
@@ -349,6 +367,36 @@ def test_combined_criteria_by_hand():
     alone = ((x[:, None] * weight) ** 2).mean(0).sum(0).view(3, 2).sum(1)  # of each column, not taken over by others
     left = (gate * hessian(s) / alone).sum()
     torch.testing.assert_close(fisher_obs_root(s), product.sqrt() / product.sqrt().sum() * left)
+
+
+def test_fisher_joint_is_the_loss_of_all_that_go_together():
+    """For every count, the dense solve: half the trace of the output's Fisher times the residual covariance."""
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=g)
+    x = torch.randn(500, 12, generator=g) @ mixing
+    weight, directions = torch.randn(4, 12, generator=g), torch.randn(50, 4, generator=g)
+    gram, output = x.T @ x / 500, directions.T @ directions / 50
+    s = SiteStatistics(6, weight, torch.ones(6), gate_square=torch.rand(6, generator=g), gram=gram, output=output)
+    score = fisher_joint(s, damping=0.0)
+    order = fisher_obs(s).argsort(descending=True)
+    assert score.argsort(descending=True).tolist() == order.tolist()
+    losses = []
+    for count in range(7):
+        columns = [2 * int(u) + i for u in order[:count] for i in range(2)]
+        kept, target = x[:, columns], x @ weight.T
+        left = target - (kept @ torch.linalg.lstsq(kept, target).solution if count else 0)
+        losses.append(0.5 * (left @ output * left).sum(1).mean())
+    falls = -torch.stack(losses).diff()
+    torch.testing.assert_close(score[order], falling(falls), rtol=1e-3, atol=1e-3)
+    assert score.sum().item() == pytest.approx(losses[0].item(), rel=1e-3)
+
+
+def test_falling_keeps_sums_and_order():
+    assert falling(torch.tensor([3.0, 2.0, 1.0])).tolist() == pytest.approx([3, 2, 1], rel=1e-5)
+    found = falling(torch.tensor([1.0, 3.0, 0.0, 0.5, 0.5, 0.2]))
+    assert found.tolist() == pytest.approx([2, 2, 1 / 3, 1 / 3, 1 / 3, 0.2], rel=1e-5)
+    assert (found.diff() < 0).all()
+    assert falling(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_units_that_stand_out_do_not_make_the_others_free():

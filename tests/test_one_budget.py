@@ -1,4 +1,4 @@
-"""The examples of layers and of one budget, on tiny models. Their real runs take an hour; see each file's first lines."""
+"""The examples of layers and of one budget, on tiny models. Their real runs take an hour: see their first lines."""
 
 from __future__ import annotations
 

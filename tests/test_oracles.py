@@ -381,6 +381,7 @@ CRITERIA_ON_DATA = [
     "fisher",
     "fisher_block",
     "fisher_obs",
+    "fisher_joint",
     "fisher_obs_root",
     "taylor",
     "activation",

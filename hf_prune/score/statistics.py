@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..model import layerwise
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.layerwise import OUTPUT
-from ..model.sites import Site, consumer, input_axis, tensor_of
+from ..model.sites import Site, consumer, input_axis, output_axis, tensor_of
 from ..model.weights import quiet
 from ..plan import Where
 from .criteria import Criterion, SiteStatistics
@@ -72,17 +72,19 @@ def gradients(
     units: Mapping[Where, int],
     batch: Batch,
     draw_labels: torch.Generator | None = None,
+    outputs: Mapping[Where, torch.Tensor] | None = None,
 ) -> Gradients:
     """What one backward pass over a batch tells about the units and the tokens.
 
     Args:
         draw_labels: draw the labels from the model's own predictions with this generator instead.
+        outputs: sums [D, D] to which the products ggᵀ of the gradients at each token's output are added, by site.
     """
     gates = {
         site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
     }
     tokens: dict[Where, torch.Tensor] = {}
-    with torch.enable_grad(), gated(model, gates, sites), _token_gradients(model, sites, tokens):
+    with torch.enable_grad(), gated(model, gates, sites), _output_gradients(model, sites, tokens, outputs or {}):
         output = model(**forward_inputs(model, batch))
         labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
         example_losses(model, output, labelled).sum().backward()
@@ -91,10 +93,15 @@ def gradients(
 
 
 @contextlib.contextmanager
-def _token_gradients(model: nn.Module, sites: Sequence[Site], found: dict[Where, torch.Tensor]) -> Iterator[None]:
+def _output_gradients(
+    model: nn.Module, sites: Sequence[Site], squares: dict[Where, torch.Tensor], products: Mapping[Where, torch.Tensor]
+) -> Iterator[None]:
     def watch(key: Where) -> Any:
         def keep(gradient: torch.Tensor) -> None:
-            found[key] = gradient.float().square().sum(-1).flatten()
+            rows = gradient.float().flatten(0, -2)
+            squares[key] = rows.square().sum(-1)
+            if key in products:
+                products[key].addmm_(rows.T, rows)
 
         return lambda module, args, output: output.register_hook(keep) and None
 
@@ -186,6 +193,10 @@ def _gates(
     found: dict[Where, Found] = {
         site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
     }
+    outputs = {}
+    for site in sites if "outputs" in criterion.needs else ():
+        width = (linear := consumer(model, site)).weight.shape[output_axis(linear)]
+        outputs[site.key] = torch.zeros(width, width, device=model.device)
     each: dict[Where, list[torch.Tensor]] = {site.key: [] for site in sites}
     # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
     weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
@@ -195,7 +206,7 @@ def _gates(
     if draw_labels is not None:
         ranks = ALONE  # the draws follow one another
     for batch in tqdm(ranks.mine(batches), desc="scoring", leave=False):
-        seen = gradients(model, sites, units, batch, draw_labels)
+        seen = gradients(model, sites, units, batch, draw_labels, outputs)
         for key, gradient in seen.gates.items():
             found[key]["gate_square"] += gradient.square().sum(0) / examples
             found[key]["gate_abs"] += gradient.abs().sum(0) / examples
@@ -204,6 +215,8 @@ def _gates(
         for key, squares in tokens.items():
             squares.append(seen.tokens[key])
     for site in sites:
+        if site.key in outputs:
+            found[site.key]["output"] = outputs.pop(site.key).div_(examples)
         ranks.sum_(*found[site.key].values())
         known = {key: value.cpu() for key, value in found[site.key].items()}
         gate = torch.cat(ranks.gather(each[site.key])).cpu() if each[site.key] else None
