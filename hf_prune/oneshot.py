@@ -265,7 +265,8 @@ def prune(
             that it was made with. Where the repair weighs tokens by their gradients, those are computed; to cut to
             several targets after one pass, see `Analysis.cut_`.
         guard: data of another source than `data`, in the same forms: a repair is refused where it makes the error on
-            them larger. Nothing is scored or fitted on them. For language models, text unlike the calibration text.
+            them larger, and where several divisions of the budget are compared, their loss counts. Nothing is scored or
+            fitted on them. For language models, text unlike the calibration text.
 
     Raises:
         ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8

@@ -81,7 +81,7 @@ def test_layers_and_neurons(monkeypatch, capsys, tmp_path):
         "brown": lambda: iter([]),
         "austen": lambda: iter([]),
         "evaluation": lambda tokenizer, texts, windows: ids[:4],
-        "calibration": lambda tokenizer, tokens: rows,
+        "calibration": lambda tokenizer, tokens, sources: rows,
         "PROMPT": 8,
         "DECODED": 2,
     }.items():

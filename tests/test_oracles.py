@@ -37,6 +37,7 @@ from hf_prune.oneshot import analyze, record_of
 from hf_prune.plan import PruningPlan
 from hf_prune.repair.walk import improvement
 from hf_prune.score.criteria import CRITERIA
+from hf_prune.score.judge import Judge
 from hf_prune.score.losses import example_losses
 from hf_prune.score.statistics import gradients
 
@@ -682,6 +683,18 @@ def test_nothing_is_scored_on_a_guard(class_name):
     alone, guarded = analyze(model, data, config), analyze(model, data, config, guard=other)
     assert [batch.held_out.unique().tolist() for batch in guarded.batches][-1] == [2]
     assert all(torch.equal(score, guarded.scores[key]) for key, score in alone.scores.items())
+
+
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_a_guard_counts_as_much_as_the_rows_held_out_when_cuts_are_compared(class_name):
+    model = tiny(class_name)
+    drawn = draw(model, [tiny_batch(model, batch=32, seed=s) for s in range(4)], 128, 0, guard=[tiny_batch(model, 8)])
+    home, away = (
+        Judge.of(model, [batch for batch in drawn if (batch.held_out == 2).all() == guards]) for guards in (False, True)
+    )
+    judge = Judge.of(model, drawn)
+    assert home.dense != away.dense
+    assert judge.dense == judge(model) == pytest.approx((home.dense + away.dense) / 2)
 
 
 HOME, AWAY = range(5, 50), range(50, 99)  # two vocabularies
