@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from children import forked, signal_of
 from tiny import cut_tiny, distance, outputs, tiny_batch
 
 from hf_prune import save_pretrained, verify
@@ -32,21 +33,6 @@ CLASS = transformers.BertForSequenceClassification
 
 def hidden(home: Path) -> list[str]:
     return [path.name for path in home.iterdir() if path.name.startswith(".")]
-
-
-def forked(run: Any) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(0)
-    return child
-
-
-def ended(child: int) -> bool:
-    """Whether a child was still at work when it was killed."""
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def timed(run: Any) -> float:
@@ -78,7 +64,7 @@ def kills(count: int, seed: int, home: Path) -> dict[str, Any]:
     models = {"old": cut_tiny(CLASS.__name__, "uniform"), "new": cut_tiny(CLASS.__name__, "per_layer")}
     target, total = home / "out", dict.fromkeys(("old", "new", "nothing"), 0)
     save = lambda: save_pretrained(models["new"], target, overwrite=True)  # noqa: E731
-    duration = statistics.median(timed(lambda: ended(forked(save))) for _ in range(5))
+    duration = statistics.median(timed(lambda: signal_of(forked(save))) for _ in range(5))
     attempts = in_time = missing = most_hidden = left = 0
     while in_time < count:
         attempts += 1
@@ -89,7 +75,7 @@ def kills(count: int, seed: int, home: Path) -> dict[str, Any]:
         child = forked(save)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
-        if not ended(child):
+        if not signal_of(child):  # had ended before
             continue
         in_time += 1
         most_hidden = max(most_hidden, len(hidden(home)))

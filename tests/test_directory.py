@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from children import forked, signal_of
 from kills_saving import kills
 from tiny import cut_tiny
 
@@ -53,17 +54,6 @@ def target(request, tmp_path):
     if request.param:
         write(tmp_path / "out", request.param)
     return tmp_path / "out"
-
-
-def in_child(run):
-    """The signal that ended a forked child; 0 if it ended by itself."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] & 0x7F
 
 
 def die(*_, **__):
@@ -116,7 +106,7 @@ def test_a_kill_in_each_window_leaves_the_old_or_the_new(target, exchanges, wind
         monkeypatch.setattr(module, name, make(getattr(module, name)))
         write(target)
 
-    assert in_child(run) == signal.SIGKILL
+    assert signal_of(forked(run)) == signal.SIGKILL
     if window.startswith(("after", "before the old")):
         assert content(target) == whole(NEW)
     elif there:
@@ -143,7 +133,7 @@ def test_a_kill_between_the_two_steps_is_put_right(tmp_path, monkeypatch, recove
         monkeypatch.setattr(type(target), "rename", after(rename))
         write(target)
 
-    assert in_child(run) == signal.SIGKILL
+    assert signal_of(forked(run)) == signal.SIGKILL
     assert not target.exists()
     if recovery == "a save beside it":
         write(tmp_path / "another")
@@ -166,7 +156,7 @@ def test_the_leftovers_of_many_kills_are_gone_after_the_next_save(tmp_path, monk
         write(tmp_path / name)
 
     for number in range(12):
-        assert in_child(lambda number=number: run(f"out{number}")) == signal.SIGKILL
+        assert signal_of(forked(lambda number=number: run(f"out{number}"))) == signal.SIGKILL
     assert len(hidden(tmp_path)) == 12
     write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -182,12 +172,7 @@ def test_a_living_writers_workshop_is_left_alone(tmp_path):
             os.write(ready[1], b"1")
             os.read(go[0], 1)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(0)
+    child = forked(run)
     os.read(ready[0], 1)
     write(tmp_path / "fast")
     assert len(hidden(tmp_path)) == 1
