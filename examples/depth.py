@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate with")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens a text, to evaluate on")
     parser.add_argument("--criterion", default="angular", help="which layers go")
-    parser.add_argument("--picture", type=Path, default=Path("depth.png"))
+    parser.add_argument("--picture", type=Path, default=Path(".cache/depth.png"))
     options = parser.parse_args()
     dense, tokenizer = smollm2(Path(".cache/smollm2"))
     texts = {"brown": evaluation(tokenizer, brown(), options.windows)}

@@ -1,6 +1,6 @@
 """MiniLM at the same file size by heads and neurons, by layers, by tokens, and by all of them: accuracy, no training.
 
-    python examples/one_budget.py                            # three fine-tunings, about half an hour on two cores
+    python examples/one_budget.py                            # three fine-tunings, about an hour on two cores
     python examples/one_budget.py --seeds 0 --keeps 0.65
 
 For each share of the bytes: what each kind of unit alone and all together leave of the accuracy on Rotten Tomatoes. A
@@ -41,7 +41,7 @@ def rows_of(seed: int, keeps: list[float]) -> list[dict[str, Any]]:
     def row(units: str, keep: float, model: Any, tokenizer: Any) -> dict[str, Any]:
         right = accuracy(model.eval(), tokenizer, list(valid["text"]), list(valid["label"]), ENCODER.length)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        found = {"seed": seed, "units": units, "keep": keep, "accuracy": right, "megabytes": round(size / 1e6, 1)}
+        found = {"seed": seed, "units": units, "keep": keep, "accuracy": right, "bytes": size}
         print(json.dumps(found), flush=True)
         return found
 
@@ -63,13 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--keeps", default="0.8,0.65,0.5")
-    parser.add_argument("--picture", type=Path, default=Path("one_budget.png"))
+    parser.add_argument("--picture", type=Path, default=CACHE / "one_budget.png")
     options = parser.parse_args()
     keeps = [float(keep) for keep in options.keeps.split(",")]
     rows = [row for seed in map(int, options.seeds.split(",")) for row in rows_of(seed, keeps)]
     dense = fmean(row["accuracy"] for row in rows if row["units"] == "dense")
     cut = [row for row in rows if row["units"] != "dense"]
-    draw(cut, dense, {"megabytes": "MB of weights (fp32)"}, "accuracy", options.picture)
+    draw(cut, dense, {"bytes": "bytes of weights (fp32)"}, "accuracy", options.picture)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def hidden(parent):
 @pytest.fixture(params=[True, False], ids=["exchange", "two steps"])
 def exchanges(request, monkeypatch):
     if request.param:
-        pytest.importorskip("fcntl")
+        pytest.importorskip("fcntl", reason="needs flock")
     else:
         monkeypatch.setattr(module, "exchange", lambda a, b: False)
     return request.param

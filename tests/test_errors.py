@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from tiny import changed, cut, cut_everywhere, cut_tiny, distance, keep, outputs, rows, snapshot, tiny, tiny_batch
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
@@ -119,8 +120,7 @@ def test_batches_in_another_form(bert, batch):
 
 
 def test_dataset_without_known_columns(bert):
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"text": ["a"] * 9})
+    data = Dataset.from_dict({"text": ["a"] * 9})
     refused(
         bert, r"\['text'\] hold no input of BertForSequenceClassification; tokenise", PruningConfig(keep=0.95), data
     )

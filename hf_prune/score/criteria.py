@@ -33,10 +33,8 @@ class SiteStatistics:
     square: torch.Tensor | None = None  # mean square of them, [K]
     gram: torch.Tensor | None = None  # X^T X / n, [K, K]
     generator: torch.Generator | None = None
-    output: torch.Tensor | None = (
-        None  # of loss gradients at the consumer's output: mean over examples of Σ_t ggᵀ, [D, D]
-    )
-    tokens: list[torch.Tensor] | None = None  # their squares, [B*T] per batch
+    output: torch.Tensor | None = None  # Σ ggᵀ over tokens, mean over examples; g: at the consumer's output, [D, D]
+    tokens: list[torch.Tensor] | None = None  # the squared lengths of these g, [B*T] per batch
 
     def per_unit(self, columns: torch.Tensor) -> torch.Tensor:
         """Sum a value per column [K] over the columns of each unit [U]."""

@@ -56,8 +56,8 @@ class Judge:
 def _held_out(batches: Sequence[Batch]) -> list[Batch]:
     found: list[Batch] = []
     for batch in batches:
-        rows, name = batch.held_out > 0, _set_of(batch)
-        if name and sum(each.size for each in found if _set_of(each) == name) < ROWS:
+        rows, number = batch.held_out > 0, _set_of(batch)
+        if number and sum(each.size for each in found if _set_of(each) == number) < ROWS:
             inputs, targets = ({k: v[rows] for k, v in part.items()} for part in (batch.inputs, batch.targets))
             found.append(Batch(inputs, targets, batch.held_out[rows]))
     return found

@@ -195,7 +195,8 @@ def _gates(
     }
     outputs = {}
     for site in sites if "outputs" in criterion.needs else ():
-        width = (linear := consumer(model, site)).weight.shape[output_axis(linear)]
+        linear = consumer(model, site)
+        width = linear.weight.shape[output_axis(linear)]
         outputs[site.key] = torch.zeros(width, width, device=model.device)
     each: dict[Where, list[torch.Tensor]] = {site.key: [] for site in sites}
     # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
