@@ -2,6 +2,7 @@
 
     make texts && python examples/depth.py                        # about two hours on two cores
     python examples/depth.py --keeps 0.9 --tokens 8192 --windows 6
+    python examples/depth.py --device cuda                        # minutes; latency of the GPU and of its host's CPU
 
 For each share of the block parameters: neurons and KV groups, layers alone, and all together, where the division of the
 budget is chosen on held-out rows, among them text of a source that nothing is fitted to (`guard`): what is refitted
@@ -27,6 +28,7 @@ from texts import austen, brown, calibration, descriptions, docstrings, evaluati
 from transformers import default_data_collator
 
 from hf_prune import PruningConfig, analyze
+from hf_prune.decide.latency.clock import synchronize
 from hf_prune.model.probe import cache_argument
 
 UNITS = {
@@ -35,32 +37,38 @@ UNITS = {
     "together": ["neurons", "kv_groups", "layers"],
 }
 PROMPT, DECODED = 128, 8
+PASSES = {"forward": "forward pass, 1 × 128", "decode": "each token after it"}
 
 
 @torch.inference_mode()
 def seconds(model: Any) -> tuple[float, float]:
     """Of a pass over the prompt, and of each token after it."""
-    ids = torch.arange(PROMPT)[None] + 100
+    ids = torch.arange(PROMPT, device=model.device)[None] + 100
     name = cache_argument(model)
-    started = time.perf_counter()
+    started = now(model.device)
     cache = model(ids, use_cache=True)[name]
-    first = time.perf_counter()
+    first = now(model.device)
     for _ in range(DECODED):
         cache = model(ids[:, :1], **{name: cache})[name]
-    return first - started, (time.perf_counter() - first) / DECODED
+    return first - started, (now(model.device) - first) / DECODED
 
 
-def latencies(dense: Any, models: dict[str, Any], rounds: int = 15) -> dict[str, dict[str, float]]:
+def now(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+def latencies(dense: Any, models: dict[str, Any], device: str, rounds: int = 15) -> dict[str, dict[str, float]]:
     """Shares of the dense model's time, medians over rounds in which every model has its turn."""
     for model in (dense, *models.values()):
-        seconds(model)
+        seconds(model.to(device))
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(rounds):
         base = seconds(dense)
         for name, model in models.items():
             found[name].append(tuple(a / b for a, b in zip(seconds(model), base, strict=True)))  # type: ignore[arg-type]
     return {
-        name: {key: statistics.median(pair[i] for pair in pairs) for i, key in enumerate(("forward", "decode"))}
+        name: {f"{key}_{device}": statistics.median(pair[i] for pair in pairs) for i, key in enumerate(PASSES)}
         for name, pairs in found.items()
     }
 
@@ -71,8 +79,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate with")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens a text, to evaluate on")
     parser.add_argument("--criterion", default="angular", help="which layers go")
+    parser.add_argument("--device", default="cpu", help="to cut on; latency is measured there and on the CPU")
     parser.add_argument("--picture", type=Path, default=Path(".cache/depth.png"))
     options = parser.parse_args()
+    devices = list(dict.fromkeys([options.device, "cpu"]))
     dense, tokenizer = smollm2(Path(".cache/smollm2"))
     texts = {"brown": evaluation(tokenizer, brown(), options.windows)}
     texts["austen"] = evaluation(tokenizer, austen(), options.windows)
@@ -83,16 +93,23 @@ def main() -> None:
         found = {f"perplexity_{text}": round(perplexity(model, windows), 2) for text, windows in texts.items()}
         return found | {"perplexity": round(statistics.geometric_mean(found.values()), 2)}
 
-    whole, rows = judged(dense), []
+    whole, rows = judged(dense.to(options.device)), []
     print(json.dumps({"model": "dense", **whole}), flush=True)
     for keep in map(float, options.keeps.split(",")):
         models, figures = {}, {}
         for name, units in UNITS.items():
             config = PruningConfig(
-                keep=keep, metric="params", units=units, sequence_length=128, layer_criterion=options.criterion
+                keep=keep,
+                metric="params",
+                units=units,
+                align=32,  # that of a CPU, on a GPU as well
+                sequence_length=128,
+                layer_criterion=options.criterion,
             )
             started = time.perf_counter()
-            analysis = analyze(dense, calibrated_on, config, data_collator=default_data_collator, guard=other)
+            analysis = analyze(
+                dense.to(options.device), calibrated_on, config, data_collator=default_data_collator, guard=other
+            )
             models[name] = copy.deepcopy(dense)
             result = analysis.cut_(models[name])
             figures[name] = {
@@ -104,10 +121,13 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - started),
                 "divisions": [[row["kept"], row["held_out_loss"]] for row in result.report["divisions"]],
             }
-        for name, shares in latencies(dense, models).items():
-            rows.append({**figures[name], **{key: round(share, 3) for key, share in shares.items()}})
-            print(json.dumps(rows[-1]), flush=True)
-    panels = {"forward": "forward pass, 1 × 128 (dense = 1)", "decode": "each token after it (dense = 1)"}
+        for device in devices:
+            for name, shares in latencies(dense, models, device).items():
+                figures[name] |= {key: round(share, 3) for key, share in shares.items()}
+        for row in figures.values():
+            print(json.dumps(row), flush=True)
+        rows += figures.values()
+    panels = {f"{key}_{where}": f"{what}, {where} (dense = 1)" for where in devices for key, what in PASSES.items()}
     draw(rows, whole["perplexity"], panels, "perplexity", options.picture)
 
 

@@ -60,7 +60,7 @@ def smollm2(cache: Path):
 def perplexity(model, windows: list[list[int]], batch: int = 8) -> float:
     total = count = 0.0
     for start in range(0, len(windows), batch):
-        ids = torch.tensor(windows[start : start + batch])
+        ids = torch.tensor(windows[start : start + batch], device=model.device)
         logits = model(ids).logits[:, :-1].float().flatten(0, 1)
         total += torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
         count += ids[:, 1:].numel()

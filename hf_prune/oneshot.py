@@ -38,7 +38,7 @@ from .score.judge import Judge
 from .score.losses import has_loss
 from .score.scoring import Scores, criterion_for, scored_rows, scores_of, token_gradients
 from .score.statistics import ALONE, Ranks
-from .search import Division, Search
+from .search import Division, Search, least_predicted
 from .vocabulary.choice import Vocabulary, token_configs, translation
 from .vocabulary.trimming import trimmed
 
@@ -80,12 +80,12 @@ class Analysis:
     processing_class: Any = None
 
     def plan(self, keep: float | None = None) -> PruningPlan:
-        """The plan of least predicted loss for a `keep` (default: the config's); `decide` compares several.
+        """The plan of least predicted loss for a `keep` (default: the config's); `decide` measures several.
 
         Raises:
             ValueError: not reachable with these units and shapes.
         """
-        return min(self._divisions(keep), key=lambda division: division.predicted).plan
+        return least_predicted(self._divisions(keep)).plan
 
     def decide(self, model: PreTrainedModel, keep: float | None = None) -> tuple[PruningPlan, list[dict[str, Any]]]:
         """The plan for a `keep`, and what was tried for it. The model is as it was afterwards.
@@ -110,7 +110,7 @@ class Analysis:
                 alike = self._allocate(replace(config, shapes="uniform"), ())
                 if alike.cost["keep"] >= FAR_BELOW * config.keep:  # one that removes far more is no like for like
                     plans.append(replace(alike, config=config.to_dict()))
-        return [Division(plan, (), plan.cost["predicted_loss"]) for plan in plans]
+        return [Division(plan) for plan in plans]
 
     def _allocate(self, config: PruningConfig, wide: Sequence[Kept]) -> PruningPlan:
         across = CRITERIA[str(config.criterion)].across
@@ -233,13 +233,13 @@ def _search(
     return found
 
 
-def _vocabularies(anatomy: Anatomy, config: PruningConfig, words: Vocabulary | None) -> list[tuple[int, ...]]:
-    """What is used, and, where tokens count in the metric, ever less of it."""
+def _vocabularies(anatomy: Anatomy, config: PruningConfig, words: Vocabulary | None) -> dict[tuple[int, ...], float]:
+    """What is used, and, where tokens count in the metric, ever less of it; with the share of all uses that is lost."""
     if words is None:
-        return []
+        return {}
     cost = COSTS.get(config.metric)  # there is none for latency, in which the embeddings are but looked up
     counted = cost is not None and cost(anatomy, config.sequence_length, config.scope or "model").token
-    return words.levels() if counted else [words.kept()]
+    return {kept: words.lost(kept) for kept in (words.levels() if counted else [words.kept()])}
 
 
 def prune(

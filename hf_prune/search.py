@@ -1,19 +1,20 @@
 """One budget over unlike units: divisions of it are tried, and compared by what they lose on held-out rows.
 
 What is predicted for layers, for tokens and for the units of sites has different meanings, so that predictions only
-choose which divisions are tried: each is cut, repaired, measured and undone.
+choose which divisions are tried (`decide.prices`): each is cut, repaired, measured and undone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .checkpoint.layout import configs_of
+from .decide.prices import next_to_try
 from .execute import Repair, execute_, touched
 from .model.anatomy import Anatomy, Extent
 from .model.depth import without_layers
@@ -36,9 +37,19 @@ class Division:
     """Layers and tokens that stay, the plan that keeps the budget with them, and what it loses."""
 
     plan: PruningPlan
-    wide: tuple[Kept, ...]
-    predicted: float
+    wide: tuple[Kept, ...] = ()
+    others: tuple[float, ...] = ()  # predicted for the layers and for the tokens that go, each in its own measure
     measured: float | None = None
+
+    @property
+    def predicted(self) -> tuple[float, ...]:
+        """For the units of sites, and for the others."""
+        return (self.plan.cost["predicted_loss"], *self.others)
+
+    @property
+    def is_wide_alone(self) -> bool:
+        """Whether layers and tokens reach the budget by themselves."""
+        return all(kept.is_identity for kept in self.plan.sites)
 
     @property
     def is_alike(self) -> bool:
@@ -52,9 +63,14 @@ class Division:
             "kept": {" ".join(map(str, (*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
             "alike": self.is_alike,
             "keep": self.plan.cost.get("keep"),
-            "predicted_loss": self.predicted,
+            "predicted_losses": self.predicted,
             "held_out_loss": self.measured,
         }
+
+
+def least_predicted(divisions: Sequence[Division]) -> Division:
+    """By the sum of what is predicted, though of unlike kinds: where nothing is measured."""
+    return min(divisions, key=lambda division: sum(division.predicted))
 
 
 @dataclass
@@ -64,7 +80,7 @@ class Search:
     anatomy: Anatomy
     judge: Judge
     orders: Mapping[Where, Order] = field(default_factory=dict)  # by stack
-    vocabularies: Sequence[tuple[int, ...]] = ()  # from the largest to the smallest
+    vocabularies: Mapping[tuple[int, ...], float] = field(default_factory=dict)  # ever smaller ones -> share lost
     translate: Callable[[Sequence[int]], Translate] | None = None  # rows into the tokens of a vocabulary
     without: Mapping[int, float] = field(default_factory=dict)  # layers gone -> loss, see `measure_`
 
@@ -80,47 +96,49 @@ class Search:
             self.without = {**self.without, gone: _without(model, missing, self.judge) - self.judge.dense}
 
     def divisions(self, allocate: Allocate) -> list[Division]:
-        """Divisions that reach the budget, with predicted losses: from the fewest layers gone to the most that help.
+        """Divisions that reach the budget: from the fewest layers gone to the most that help.
 
         Raises:
             ValueError: none reaches it.
         """
-        found: list[tuple[PruningPlan, tuple[Kept, ...], int]] = []
+        found: list[Division] = []
         problem: ValueError | None = None
+        vocabularies = self.vocabularies or {(): 0.0}
         for gone in range(self._most() + 1):
-            for tokens in self.vocabularies or [()]:
+            for tokens, lost in vocabularies.items():
                 wide = (*self._layers(gone), *self._tokens(tokens))
                 try:
                     plan = allocate(wide)
                 except ValueError as error:  # out of reach
                     problem = error
                     continue
-                found.append((plan, wide, gone))
-                if all(kept.is_identity for kept in plan.sites):
+                found.append(Division(plan, wide, (self._missed(gone), lost)))
+                if found[-1].is_wide_alone:
                     break  # a smaller vocabulary takes more than the budget asks for
-            if found and all(kept.is_identity for kept in found[-1][0].sites) and tokens == (*self.vocabularies, ())[0]:
+            if found and found[-1].is_wide_alone and tokens == next(iter(vocabularies)):
                 break  # and so do fewer layers
         if not found:
             raise problem or ValueError("No division of the budget is possible.")
-        return [Division(plan, wide, self._predicted(plan, gone)) for plan, wide, gone in found]
+        return found
 
-    def _predicted(self, plan: PruningPlan, gone: int) -> float:
-        """The loss of the units that go, and of the layers; alike for all where only vocabularies differ, of which
-        nothing is predicted: the largest comes first then."""
-        if not self.without:
-            return 0.0
-        return float(plan.cost["predicted_loss"] + np.interp(gone, [*self.without], [*self.without.values()]))
+    def _missed(self, gone: int) -> float:
+        """The loss without so many layers, before any repair."""
+        return float(np.interp(gone, [*self.without], [*self.without.values()])) if self.without else 0.0
 
     def best(
         self, model: PreTrainedModel, divisions: Sequence[Division], repair: Repair, tries: int
     ) -> tuple[Division, list[Division]]:
-        """The division of least held-out loss among the ends and those of least predicted loss, and all that was
-        tried. The model is as it was afterwards."""
-        few = _few(divisions, tries)
-        if len(few) == 1:
-            return few[0], few
-        measured = [self._measured(model, each, repair) for each in tqdm(few, desc="divisions of the budget")]
-        return min(measured, key=lambda each: each.measured or 0.0), measured
+        """The division of least held-out loss of those that were tried, and all of them, in the order of `divisions`.
+        The model is as it was afterwards."""
+        if tries == 1:
+            return (only := least_predicted(divisions)), [only]
+        found: dict[int, Division] = {}
+        predicted = np.array([each.predicted for each in divisions])
+        for _ in tqdm(range(min(tries, len(divisions))), desc="divisions of the budget"):
+            lost = {index: (each.measured or 0.0) - self.judge.dense for index, each in found.items()}
+            index = next_to_try(predicted, lost)
+            found[index] = self._measured(model, divisions[index], repair)
+        return min(found.values(), key=lambda each: each.measured or 0.0), [found[index] for index in sorted(found)]
 
     def _measured(self, model: PreTrainedModel, division: Division, repair: Repair) -> Division:
         configs = [*configs_of(model), *token_configs(model)]
@@ -128,7 +146,7 @@ class Search:
         with quiet(model), undone(modules, list({id(config): config for config in configs}.values())):
             execute_(model, self.anatomy, division.plan, repair)
             loss = self.judge(model, *self._translations(division.wide))
-        return Division(division.plan, division.wide, division.predicted, loss)
+        return replace(division, measured=loss)
 
     def _translations(self, wide: Sequence[Kept]) -> list[Translate]:
         tokens = next((kept for kept in wide if kept.where == ()), None)
@@ -173,11 +191,3 @@ def _without(model: PreTrainedModel, missing: Sequence[tuple[Extent, Sequence[in
     (extent, kept), *rest = missing
     with without_layers(model, extent, kept):
         return _without(model, rest, judge)
-
-
-def _few(divisions: Sequence[Division], tries: int) -> list[Division]:
-    """The first and the last, which take from one kind of unit as little as they can, and the best predicted."""
-    ends = [divisions[0], divisions[-1]] if len(divisions) > 1 and tries > 1 else []
-    rest = sorted((each for each in divisions if each not in ends), key=lambda each: each.predicted)
-    few = [*ends, *rest[: max(tries - len(ends), 0)]]
-    return [each for each in divisions if each in few]

@@ -9,6 +9,7 @@ from tiny import singles, tiny, tiny_batch
 from torch.nn import functional
 
 from hf_prune import describe
+from hf_prune.decide.prices import next_to_try, prices
 from hf_prune.model.batches import draw, even_positions
 from hf_prune.model.sites import consumer, tensor_of
 from hf_prune.repair.solve import (
@@ -396,6 +397,7 @@ def test_falling_keeps_sums_and_order():
     found = falling(torch.tensor([1.0, 3.0, 0.0, 0.5, 0.5, 0.2]))
     assert found.tolist() == pytest.approx([2, 2, 1 / 3, 1 / 3, 1 / 3, 0.2], rel=1e-5)
     assert (found.diff() < 0).all()
+    assert (falling(torch.ones(1536, dtype=torch.float64)).float().diff() < 0).all()
     assert falling(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
@@ -552,3 +554,33 @@ def test_matrix_of_and_back(name):
     torch.testing.assert_close(ones @ matrix.T, out(x).detach(), rtol=1e-4, atol=1e-5)
     set_matrix_(out, matrix * 2)
     assert all(torch.equal(out.state_dict()[key], 2 * value) for key, value in before.items())
+
+
+# --- unlike losses at one measure ------------------------------------------------------------------------------------
+
+
+def test_prices_are_the_non_negative_least_squares():
+    random = np.random.default_rng(0)
+    kinds, worth = random.random((9, 3)), np.array([0.5, 0.0, 2.0])
+    np.testing.assert_allclose(prices(kinds, kinds @ worth), worth, atol=1e-9)
+    losses = random.normal(size=9)
+    found = prices(kinds, losses)
+    residual = losses - kinds @ found
+    assert (found >= 0).all()
+    assert (kinds.T @ residual <= 1e-9).all()  # no price could rise (Karush-Kuhn-Tucker)
+    np.testing.assert_allclose(found * (kinds.T @ residual), 0, atol=1e-9)
+    np.testing.assert_array_equal(prices(kinds, -kinds.sum(1)), np.zeros(3))
+
+
+def test_the_best_division_is_among_four_tries():
+    """Convex losses of layers and of neurons, predicted in measures that are thousands of times apart."""
+    for scale, worth in ((1e-3, 0.2), (1e-3, 3.0), (1e3, 1.0)):
+        layers = np.linspace(0, 1, 11)
+        kinds = np.stack([scale * (1 - layers) ** 2, layers**2, np.zeros(11)], axis=1)
+        losses = kinds @ np.array([worth / scale, 1.0, 5.0])
+        measured: dict[int, float] = {}
+        for _ in range(4):
+            index = next_to_try(kinds, measured)
+            measured[index] = losses[index]
+        assert {0, 10} < measured.keys()
+        assert min(measured, key=measured.__getitem__) == losses.argmin()

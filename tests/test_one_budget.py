@@ -92,5 +92,5 @@ def test_layers_and_neurons(monkeypatch, capsys, tmp_path):
     assert whole["perplexity_brown"] > 0
     assert [row["units"] for row in cut] == list(depth.UNITS)
     assert next(row["layers"] for row in cut if row["units"] == "layers") < 4
-    assert all(row["kept"] <= 0.7 and row["forward"] > 0 and row["decode"] > 0 for row in cut)
+    assert all(row["kept"] <= 0.7 and row["forward_cpu"] > 0 and row["decode_cpu"] > 0 for row in cut)
     assert (tmp_path / "depth.png").exists()

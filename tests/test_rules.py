@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth"),
     "decide": (
-        "units", "ranking", "knapsack", "costs", "allocate", "latency/table", "latency/clock", "latency/cache",
+        "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock", "latency/cache",
         "latency/watch",
     ),
     "repair": ("solve", "walk"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import math
 
 import pytest
@@ -57,6 +58,14 @@ def test_groups_that_stay_keep_the_same_number_of_heads(kept):
 @pytest.mark.parametrize("word", ["heads", "kv_groups"])
 def test_where_each_head_is_its_own_group_both_words_mean_it(word):
     assert site(PLAIN, {"heads": 4}).expand(word, (1, 3)) == {"heads": [1, 3]}
+
+
+def test_the_neurons_of_a_large_model_are_counted_once():
+    """Linear in their number: milliseconds, where counting every group among all units took a minute."""
+    many = site((Axis("neurons", "intermediate_size"),), {"neurons": 40_000})
+    started = time.process_time()
+    assert many.expand("neurons", range(40_000)) == {"neurons": list(range(40_000))}
+    assert time.process_time() - started < 2
 
 
 # --- where they lie --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -96,12 +97,12 @@ class Site:
         outer, inner, share = self.outer.name, self.inner.name, self.share
         if outer != inner and self.axis(axis) is self.outer:
             return {outer: list(kept), inner: [group * share + j for group in kept for j in range(share)]}
-        groups = sorted({unit // share for unit in kept})
-        if len({sum(unit // share == group for unit in kept) for group in groups}) > 1:
+        each = Counter(unit // share for unit in kept)
+        if len({*each.values()}) > 1:
             raise ValueError(
                 f"{self.name}: all remaining {outer} must keep the same number of {inner}, got {list(kept)}."
             )
-        return {outer: groups, inner: list(kept)}
+        return {outer: sorted(each), inner: list(kept)}
 
     def resized(self, counts: Counts) -> Site:
         """The site with so many units."""

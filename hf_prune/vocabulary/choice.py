@@ -80,6 +80,10 @@ class Vocabulary:
                 found.append(kept)
         return found
 
+    def lost(self, kept: Sequence[int]) -> float:
+        """The share of the texts' tokens that are none of these."""
+        return 1.0 - float(self.counts[list(kept)].sum() / max(self.counts.sum(), 1))
+
     def proven(self, kept: Sequence[int]) -> PreTrainedTokenizerBase:
         """The tokenizer of what is kept.
 
