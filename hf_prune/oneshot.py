@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint.history import Record, proof_rows, record_of, summary_of
+from .checkpoint.history import History, history_of, proof_rows, summary_of
 from .checkpoint.layout import configs_of, write_
 from .config import PruningConfig, config_or
 from .decide.allocate import FAR_BELOW, SHAPES, allocate, reachable, warn_if_far_below
@@ -306,7 +306,7 @@ def _cut_(
 ) -> PruneResult:
     """Cut and repair a model by a plan that fits it. In place, all of it or nothing."""
     anatomy = analysis.anatomy
-    earlier = record_of(model)
+    earlier = history_of(model)
     composed = plan if earlier is None else _composed(earlier.plan, plan)
     after, rows = _in_new_tokens(model, analysis, plan)
     timed = plan.config.get("metric") == "latency"
@@ -322,7 +322,7 @@ def _cut_(
         if watch is not None:
             report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
         cuts = (*(earlier.cuts if earlier else ()), report)
-        model._hf_prune = Record(composed, rows, cuts, after)  # type: ignore[assignment]
+        model._hf_prune = History(composed, rows, cuts, after)  # type: ignore[assignment]
     return PruneResult(model, plan, analysis.scores, report, after or analysis.processing_class)
 
 

@@ -26,11 +26,11 @@ def bert():
 
 def refused(model, match, config=None, data=None, **more):
     """prune() raises, and nothing about the model has changed."""
-    before, record = snapshot(model), getattr(model, "_hf_prune", None)
+    before, history = snapshot(model), getattr(model, "_hf_prune", None)
     with pytest.raises(ValueError, match=match):
         prune(model, [tiny_batch(model)] if data is None else data, config, **more)
     assert list(changed(before, model)) == []
-    assert getattr(model, "_hf_prune", None) is record
+    assert getattr(model, "_hf_prune", None) is history
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import cut, distance, outputs, tiny, tiny_batch, within_reach
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
-from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE, record_of
+from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE, history_of
 from hf_prune.model.mask import masked
 from hf_prune.plan import Kept
 
@@ -198,9 +198,9 @@ def test_a_checkpoint_opens_and_knows_its_plan(name, home):
         expected = outputs(whole, tiny_batch(whole))
     found = opened(name, home)
     assert distance(outputs(found, tiny_batch(whole)), expected) <= 1e-4
-    record = record_of(found)
-    assert record.plan == plan
-    assert record.cuts == tuple(CUTS)
+    history = history_of(found)
+    assert history.plan == plan
+    assert history.cuts == tuple(CUTS)
 
 
 def test_the_config_alone_knows_the_plan(name, home, tmp_path):
@@ -208,7 +208,7 @@ def test_the_config_alone_knows_the_plan(name, home, tmp_path):
     found = opened(name, tmp_path / "plain")
     assert found.config.hf_prune["plan"] == HASHES[name]
     by_place = sorted(PruningPlan.from_json(PLANS[name]).kept, key=lambda kept: kept.where)
-    assert sorted(record_of(found).plan.kept, key=lambda kept: kept.where) == by_place
+    assert sorted(history_of(found).plan.kept, key=lambda kept: kept.where) == by_place
 
 
 def test_a_config_whose_plan_was_edited_is_refused(name, home, tmp_path):
@@ -218,14 +218,14 @@ def test_a_config_whose_plan_was_edited_is_refused(name, home, tmp_path):
     place = next(place for place in entry["kept"] if place.endswith("ffn"))
     found.config.hf_prune = {**entry, "kept": {**entry["kept"], place: "neuron 8 /w=="}}
     with pytest.raises(ValueError, match="one of them was edited"):
-        record_of(found)
+        history_of(found)
 
 
 def test_a_save_without_a_cut_keeps_plan_and_reports(name, home, tmp_path):
     save_pretrained(opened(name, home), tmp_path / "same", [tiny_batch(dense(name))])
-    record = record_of(opened(name, tmp_path / "same"))
-    assert record.plan == PruningPlan.from_json(PLANS[name])
-    assert record.cuts == tuple(CUTS)
+    history = history_of(opened(name, tmp_path / "same"))
+    assert history.plan == PruningPlan.from_json(PLANS[name])
+    assert history.cuts == tuple(CUTS)
 
 
 @pytest.mark.filterwarnings("ignore:.*remains, where keep=")  # a head is a large part of a tiny model
@@ -240,8 +240,8 @@ def test_a_second_cut_composes_and_is_saved_in_the_new_format(name, home, tmp_pa
     assert (entry["format"], entry["plan"]) == (2, both.hash)
     assert (entry["dense"], entry["before"]) == (before["dense"], before["before"])
     again = opened(name, tmp_path / "twice")
-    assert record_of(again).plan.hash == both.hash
-    assert len(record_of(again).cuts) == 2
+    assert history_of(again).plan.hash == both.hash
+    assert len(history_of(again).cuts) == 2
     whole = dense(name)
     cut(whole, both)
     assert distance(outputs(whole, tiny_batch(whole)), outputs(again, tiny_batch(whole))) <= 1e-5

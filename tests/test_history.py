@@ -19,7 +19,7 @@ from hub_server import Hub
 from tiny import FAMILY_NAMES, cut_everywhere, cut_tiny, distance, outputs, rows, tiny_batch, tiny_model
 
 from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
-from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE, pack, record_of, unpack
+from hf_prune.checkpoint.history import PLAN_FILE, REPORT_FILE, history_of, pack, unpack
 from hf_prune.plan import Kept
 
 CLASS = transformers.BertForSequenceClassification
@@ -127,7 +127,7 @@ ROUTES = (
 def test_the_plan_comes_along(made, tmp_path, monkeypatch, route):
     model, plan, home = made
     found = route(home, tmp_path, monkeypatch)
-    assert record_of(found).plan.kept == plan.kept
+    assert history_of(found).plan.kept == plan.kept
     assert distance(outputs(found, tiny_batch(model)), outputs(model, tiny_batch(model))) <= 1e-5
     then = cut_again(found)
     assert found._hf_prune.plan.kept == plan.compose(then).kept
@@ -135,7 +135,7 @@ def test_the_plan_comes_along(made, tmp_path, monkeypatch, route):
     assert found.config.hf_prune["before"] == model.config.hf_prune["before"]  # of the dense model
     save_pretrained(found, tmp_path / "twice")
     assert PruningPlan.load(tmp_path / "twice" / PLAN_FILE).kept == plan.compose(then).kept
-    assert record_of(opened(tmp_path / "twice")).plan.hash == plan.compose(then).hash
+    assert history_of(opened(tmp_path / "twice")).plan.hash == plan.compose(then).hash
 
 
 def test_the_composed_plan_cuts_the_dense_model_to_the_same(made, tmp_path):
@@ -166,7 +166,7 @@ def test_a_llama_saved_as_mistral_still_knows_its_plan(tmp_path):
     model = cut_tiny("LlamaForCausalLM", "uniform")
     save_pretrained(model, tmp_path / "mistral", model_type="mistral")
     found = transformers.MistralForCausalLM.from_pretrained(tmp_path / "mistral")
-    assert record_of(found).plan.kept == model._hf_prune.plan.kept
+    assert history_of(found).plan.kept == model._hf_prune.plan.kept
     prune(found, [tiny_batch(found)], AGAIN)
     assert len(found._hf_prune.plan.kept) == len(model._hf_prune.plan.kept)
 
@@ -175,11 +175,11 @@ OPEN = """
 import json, warnings
 import hf_prune
 from transformers import BertForSequenceClassification
-from hf_prune.checkpoint.history import record_of
+from hf_prune.checkpoint.history import history_of
 warnings.simplefilter("error")
 model = BertForSequenceClassification.from_pretrained("me/small").eval()
-record = record_of(model)
-print(json.dumps([record.plan.hash, len(record.cuts)]))
+history = history_of(model)
+print(json.dumps([history.plan.hash, len(history.cuts)]))
 """
 
 
@@ -218,7 +218,7 @@ def test_another_models_plan_at_that_path_is_not_taken(made, tmp_path):
     found = opened(tmp_path / "small")
     other_plan().save(tmp_path / "small" / PLAN_FILE)
     with pytest.warns(UserWarning, match=rf"is another plan .* than the one that cut this bert \({plan.hash[:12]}\)"):
-        assert record_of(found).plan.hash == plan.hash
+        assert history_of(found).plan.hash == plan.hash
 
 
 def test_a_report_of_another_plan_is_not_taken(made, tmp_path):
@@ -227,7 +227,7 @@ def test_a_report_of_another_plan_is_not_taken(made, tmp_path):
     report = json.loads((home / REPORT_FILE).read_text())
     (tmp_path / "small" / REPORT_FILE).write_text(json.dumps({**report, "plan": "0" * 64}))
     with pytest.warns(UserWarning, match="belongs to another plan"):
-        found = record_of(opened(tmp_path / "small"))
+        found = history_of(opened(tmp_path / "small"))
     assert (found.plan.hash, found.cuts) == (plan.hash, ())
 
 
@@ -238,7 +238,7 @@ def test_a_plan_that_is_nowhere_is_said(made, tmp_path):
     found.config.hf_prune = {key: value for key, value in found.config.hf_prune.items() if key != "kept"}
     found.save_pretrained(tmp_path / "plain")
     with pytest.warns(UserWarning, match=rf"plan {plan.hash[:12]}, which is neither in its config nor beside"):
-        assert record_of(opened(tmp_path / "plain")) is None
+        assert history_of(opened(tmp_path / "plain")) is None
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_a_damaged_plan_in_the_config_is_refused_before_anything_is_changed(made
     found.config.hf_prune = {k: v for k, v in found.config.hf_prune.items() if k not in ("plan", "kept")} | {
         "format": 1
     }
-    assert record_of(found) is None  # the way out that the message names
+    assert history_of(found) is None  # the way out that the message names
 
 
 def test_a_damaged_plan_in_the_config_is_no_loss_beside_the_file(made):
     _, plan, home = made
     found = opened(home)
     found.config.hf_prune = {**found.config.hf_prune, "kept": "damaged"}
-    assert record_of(found).plan.hash == plan.hash
+    assert history_of(found).plan.hash == plan.hash
 
 
 # --- in a config -----------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_generate_and_adapters_take_a_config_with_a_plan():
     assert made.shape[1] > batch["input_ids"].shape[1]
     plan = model._hf_prune.plan.hash
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
-    assert record_of(adapted.merge_and_unload()).plan.hash == plan
+    assert history_of(adapted.merge_and_unload()).plan.hash == plan
 
 
 def test_nothing_is_said_where_nothing_is_wrong(made, tmp_path, monkeypatch):
@@ -340,4 +340,4 @@ def test_nothing_is_said_where_nothing_is_wrong(made, tmp_path, monkeypatch):
         for route in (moved, relative, stock_save):
             work = tmp_path / route.__name__
             work.mkdir()
-            assert record_of(route(home, work, monkeypatch)) is not None
+            assert history_of(route(home, work, monkeypatch)) is not None

@@ -15,7 +15,7 @@ from test_reload import tiny_tokenizer
 from tiny import cut_tiny, distance, outputs, tiny, tiny_batch
 
 from hf_prune import PruningConfig, prune, save_pretrained, verify
-from hf_prune.checkpoint.history import PLAN_FILE, record_of
+from hf_prune.checkpoint.history import PLAN_FILE, history_of
 from hf_prune.checkpoint.proof import PROOF_FILE
 from hf_prune.cli.main import main
 from hf_prune.report import plots
@@ -148,7 +148,7 @@ def test_pruning_a_damaged_checkpoint_again_composes_rightly_or_is_refused(good,
             assert name.startswith("plan ")
             assert not hasattr(opened, "_hf_prune")
             return
-    assert record_of(opened).plan.hash == before.compose(result.plan).hash
+    assert history_of(opened).plan.hash == before.compose(result.plan).hash
     if name.startswith(("pruning_", "plan ", "report")) and not name.endswith(("missing", "empty cuts")):
         assert [str(w.message) for w in said if "pruning_" in str(w.message)]
 
@@ -320,6 +320,6 @@ def test_a_model_opened_by_remote_code_is_saved_again(model, tmp_path, monkeypat
     save_pretrained(opened, tmp_path / "twice", remote_code=remote_code)
     again = auto.from_pretrained(tmp_path / "twice", trust_remote_code=True).eval()
     assert distance(outputs(again, tiny_batch(model)), outputs(model, tiny_batch(model))) <= 1e-5
-    assert record_of(again).plan.hash == model._hf_prune.plan.hash
+    assert history_of(again).plan.hash == model._hf_prune.plan.hash
     assert (tmp_path / "twice" / PLAN_FILE).is_file()
     assert write_card(tmp_path / "twice")

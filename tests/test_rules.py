@@ -54,8 +54,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth"),
     "decide": (
-        "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock", "latency/cache",
-        "latency/watch",
+        "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
+        "latency/cache", "latency/watch",
     ),
     "repair": ("solve", "walk"),
     "execute": (), "search": (),

@@ -119,14 +119,14 @@ def test_a_cut_that_is_stopped_changes_nothing(class_name, stage, repair, monkey
 def test_a_second_cut_that_is_stopped_leaves_the_first(class_name, monkeypatch):
     model = tiny(class_name)
     cut(model, "none")
-    record, before, told = model._hf_prune, snapshot(model), state(model)
+    history, before, told = model._hf_prune, snapshot(model), state(model)
     again = PruningConfig(keep=0.9, shapes="per_layer", align=1, criterion="magnitude")
     monkeypatch.setattr(oneshot, "write_", Stage(oneshot.write_, Stop, 1))
     with pytest.raises(Stop):
         prune(model, [tiny_batch(model)], again)
     assert list(changed(before, model)) == []
     assert state(model) == told
-    assert model._hf_prune is record
+    assert model._hf_prune is history
 
 
 # --- the tool alone --------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ MEND = "Restore config.json, or delete both entries there to count from the mode
 
 
 @dataclass
-class Record:
+class History:
     """What a pruned model in memory remembers: its plan into the dense model, rows to prove a save with, each cut."""
 
     plan: PruningPlan
@@ -49,7 +49,7 @@ class Record:
         write_text(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> Record | None:
+    def load(cls, directory: Path) -> History | None:
         """What `save` wrote; None where there is no plan."""
         if not (directory / PLAN_FILE).is_file():
             return None
@@ -57,7 +57,7 @@ class Record:
         return cls(plan, None, _cuts(directory / REPORT_FILE, plan))
 
 
-def record_of(model: PreTrainedModel) -> Record | None:
+def history_of(model: PreTrainedModel) -> History | None:
     """What an earlier prune() left: in this process, or in the config that the model was loaded with.
 
     Raises:
@@ -68,7 +68,7 @@ def record_of(model: PreTrainedModel) -> Record | None:
     return getattr(model, "_hf_prune", None)
 
 
-def _read(model: PreTrainedModel) -> Record | None:
+def _read(model: PreTrainedModel) -> History | None:
     entry, home = entry_of(model.config), model.__dict__.get(HOME)
     name = str(entry.get("plan") or "")
     if not name:
@@ -82,7 +82,7 @@ def _read(model: PreTrainedModel) -> Record | None:
             stacklevel=4,
         )
         return None
-    return Record(plan, None, _cuts(_file(home, model.config, REPORT_FILE), plan))
+    return History(plan, None, _cuts(_file(home, model.config, REPORT_FILE), plan))
 
 
 def _carried(model_type: str, entry: Mapping[str, Any], name: str) -> PruningPlan | None:

@@ -20,7 +20,7 @@ from ..model.probe import random_inputs
 from ..model.weights import quiet
 from .convert import auto_classes
 from .directory import path_of, put_back
-from .history import PLAN_FILE, PROOF_ROWS, REPORT_FILE, record_of
+from .history import PLAN_FILE, PROOF_ROWS, REPORT_FILE, history_of
 from .remote_code import CODE_FILE
 
 PROOF_FILE = "verified.json"  # what was proven to reload: the difference, and sha256 of all files of the save
@@ -46,9 +46,9 @@ def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Te
     if batches is not None:
         known, first = inspect.signature(model.forward).parameters, _first(batches)
         return {k: v[:PROOF_ROWS].to(model.device) for k, v in first.items() if k in known}
-    record = record_of(model)
-    if record is not None and record.batch is not None:
-        return {k: v.to(model.device) for k, v in record.batch.inputs.items()}
+    history = history_of(model)
+    if history is not None and history.batch is not None:
+        return {k: v.to(model.device) for k, v in history.batch.inputs.items()}
     return random_inputs(model, PROOF_ROWS, 16)
 
 

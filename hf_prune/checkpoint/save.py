@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..model.weights import check_model
 from .convert import as_model_type
 from .directory import beside, refuse_full
-from .history import Record, record_of
+from .history import History, history_of
 from .proof import prove
 from .remote_code import add_code, coded_class
 
@@ -55,27 +55,27 @@ def save_pretrained(
     target = refuse_full(directory, overwrite)
     saved = model if model_type is None else as_model_type(model, model_type)
     cls = coded_class(type(saved)) if remote_code else type(saved)
-    record = record_of(model)
-    tokenizer = _tokenizer(model, processing_class, record)
+    history = history_of(model)
+    tokenizer = _tokenizer(model, processing_class, history)
     with beside(target) as temporary:
         saved.save_pretrained(temporary, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if record is not None:
-            record.save(temporary)
+        if history is not None:
+            history.save(temporary)
         if remote_code:
             add_code(cls, temporary)
         difference = prove(model, temporary, cls, batches, remote_code)
     return difference
 
 
-def _tokenizer(model: PreTrainedModel, given: Any, record: Record | None) -> Any:
+def _tokenizer(model: PreTrainedModel, given: Any, history: History | None) -> Any:
     """What is saved beside the weights.
 
     Raises:
         ValueError: the tokenizer of the vocabulary as it was before prune() shortened it.
     """
-    own = None if record is None else record.processing_class
+    own = None if history is None else history.processing_class
     if own is None or given is None or not hasattr(given, "get_vocab") or given.get_vocab() == own.get_vocab():
         return own if given is None else given
     raise ValueError(

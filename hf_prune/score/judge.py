@@ -19,13 +19,16 @@ from .losses import example_losses, has_loss, labels_of, predicts_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 256  # held-out rows of the calibration data, and as many of a guard, that candidates are compared on at most
+ROWS = 256  # held-out rows that candidates are compared on, at most
 Translate = Callable[[Batch], Batch]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Held-out rows, and rows of another source where there is a guard, and how the dense model does on them."""
+    """Held-out rows, of the guard where there is one, and how the dense model does on them.
+
+    What is refitted looks best on the kind of text that it was refitted to: unlike cuts are compared on another one.
+    """
 
     batches: Sequence[Batch]
     outputs: Sequence[torch.Tensor]  # of the dense model, [B, D], where there is no task loss
@@ -35,12 +38,12 @@ class Judge:
     def of(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> Judge:
         rows = _held_out(batches)
         if has_loss(model, rows):
-            return cls(rows, (), _mean(rows, [_losses(model, batch, batch) for batch in rows]))
+            return cls(rows, (), _mean([_losses(model, batch, batch) for batch in rows]))
         return cls(rows, [_pooled(model, batch) for batch in rows], 0.0)
 
     def __call__(self, model: PreTrainedModel, translate: Translate = lambda batch: batch) -> float:
         """The mean over examples of the task loss; without one, of 1 - cosine between the mean hidden states (or the
-        logits) and the dense model's. Rows of the calibration data and of a guard count alike, however many each are.
+        logits) and the dense model's.
 
         Args:
             translate: gives the rows in the tokens that the model has now. Losses over tokens are then summed over the
@@ -48,24 +51,21 @@ class Judge:
         """
         rows = [translate(batch) for batch in self.batches]
         if not self.outputs:
-            return _mean(rows, [_losses(model, now, was) for now, was in zip(rows, self.batches, strict=True)])
+            return _mean([_losses(model, now, was) for now, was in zip(rows, self.batches, strict=True)])
         pairs = zip((_pooled(model, batch) for batch in rows), self.outputs, strict=True)
-        return _mean(rows, [1 - functional.cosine_similarity(found, wanted, dim=-1) for found, wanted in pairs])
+        return _mean([1 - functional.cosine_similarity(found, wanted, dim=-1) for found, wanted in pairs])
 
 
 def _held_out(batches: Sequence[Batch]) -> list[Batch]:
+    """The rows of the last set: those of a guard, or else those of the calibration data."""
+    last = max(int(batch.held_out.max()) for batch in batches)
     found: list[Batch] = []
     for batch in batches:
-        rows, number = batch.held_out > 0, _set_of(batch)
-        if number and sum(each.size for each in found if _set_of(each) == number) < ROWS:
+        rows = batch.held_out == last
+        if rows.any() and sum(each.size for each in found) < ROWS:
             inputs, targets = ({k: v[rows] for k, v in part.items()} for part in (batch.inputs, batch.targets))
             found.append(Batch(inputs, targets, batch.held_out[rows]))
     return found
-
-
-def _set_of(batch: Batch) -> int:
-    """The held-out set of those rows of a batch that are in one; 0 if none is."""
-    return int(batch.held_out.max())
 
 
 @torch.no_grad()
@@ -96,9 +96,6 @@ def _pooled(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return (output * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def _mean(batches: Sequence[Batch], values: Sequence[torch.Tensor]) -> float:
-    """The mean over sets of the mean over each set's rows; values: [B] per batch."""
-    sets: dict[int, list[torch.Tensor]] = {}
-    for batch, some in zip(batches, values, strict=True):
-        sets.setdefault(_set_of(batch), []).append(some)
-    return float(torch.stack([torch.cat(some).double().mean() for some in sets.values()]).mean())
+def _mean(values: Sequence[torch.Tensor]) -> float:
+    """Over all rows; values: [B] of each batch."""
+    return float(torch.cat(list(values)).double().mean())

@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint.history import PLAN_FILE, Record
+from ..checkpoint.history import PLAN_FILE, History
 from ..config import PruningConfig
 from ..files import read_json
 from ..model.batches import even_positions
@@ -123,7 +123,7 @@ def damage(directory: Path) -> str:
         trainer_state(directory)  # the stock trainer writes it last
         home = home_of(directory)
         read_json(home / "config.json")
-        if run.plan is not None and Record.load(home) is None:
+        if run.plan is not None and History.load(home) is None:
             return f"{PLAN_FILE} is missing"
         return _broken(directory, home)
     except FileNotFoundError as error:

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..checkpoint.directory import beside, carry, resolved, written
-from ..checkpoint.history import PLAN_FILE, Record, record_of
+from ..checkpoint.history import PLAN_FILE, History, history_of
 from ..checkpoint.layout import KEY
 from ..checkpoint.proof import is_loaded, prove
 from ..files import HALF_WRITTEN
@@ -113,9 +113,9 @@ class Saver:
         if not self.args.should_save:
             return
         home = save_base(model, directory)
-        record = record_of(plain(model))
-        if record is not None:
-            record.save(home)
+        history = history_of(plain(model))
+        if history is not None:
+            history.save(home)
         if run is not None:
             run.save(directory)
 
@@ -133,7 +133,7 @@ class Saver:
             cut_by_(model, run.plan, run.config)
         _put_weights_(model, saved)
         if run.plan is not None:
-            model._hf_prune = Record.load(home)  # type: ignore[assignment]
+            model._hf_prune = History.load(home)  # type: ignore[assignment]
         return run
 
     def restore_best_(self, model: PreTrainedModel, directory: Path) -> None:

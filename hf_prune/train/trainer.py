@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState, set_seed
 
 from ..checkpoint.directory import clear
-from ..checkpoint.history import PLAN_FILE, record_of
+from ..checkpoint.history import PLAN_FILE, history_of
 from ..config import DistillationConfig, PruningConfig
 from ..model.weights import check_model
 from ..oneshot import PruneResult
@@ -373,7 +373,7 @@ class PruningMixin(Mixed):
         if self.pruning is not None:
             # after a cut the model is prepared anew; the stock search would add up the time of it and the metrics
             metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
-            step = None if record_of(self._plain()) is None else self._saver.step_of_weights(self.state)
+            step = None if history_of(self._plain()) is None else self._saver.step_of_weights(self.state)
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
             self._saver.card.add(step, rows, metrics, metric_key_prefix)
         return metrics
