@@ -15,7 +15,9 @@ from matplotlib import pyplot
 Row = Mapping[str, Any]
 
 
-def draw(rows: Sequence[Row], dense: float, panels: Mapping[str, str], y: str, path: Path) -> None:
+def draw(
+    rows: Sequence[Row], dense: float, panels: Mapping[str, str], y: str, path: Path, scale: str = "linear"
+) -> None:
     """Write a PNG file with a panel for each of `panels`.
 
     Args:
@@ -33,7 +35,7 @@ def draw(rows: Sequence[Row], dense: float, panels: Mapping[str, str], y: str, p
         axis.axhline(dense, color="grey", linestyle="--", linewidth=1, label="dense")
         axis.set(xlabel=title)
         axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel=y.replace("_", " "))
+    axes[0][0].set(ylabel=y.replace("_", " "), yscale=scale)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -5,10 +5,9 @@
     python examples/depth.py --device cuda                        # minutes; latency of the GPU and of its host's CPU
 
 For each share of the block parameters: neurons and KV groups, layers alone, and all together, where the division of the
-budget is chosen on held-out rows, among them text of a source that nothing is fitted to (`guard`): what is refitted
-most looks best on its own kind of text. The two texts that are evaluated on are of neither. Latency is a share of the
-dense one, medians of interleaved passes: a forward pass over 128 tokens, and a token after a prompt of 128. A JSON line
-each, and a picture.
+budget is chosen on text of a source that nothing is fitted to (`guard`): what is refitted most looks best on its own
+kind of text. The two texts that are evaluated on are of neither. Latency is a share of the dense one, medians of
+interleaved passes: a forward pass over 128 tokens, and a token after a prompt of 128. A JSON line each, and a picture.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         rows += figures.values()
     panels = {f"{key}_{where}": f"{what}, {where} (dense = 1)" for where in devices for key, what in PASSES.items()}
-    draw(rows, whole["perplexity"], panels, "perplexity", options.picture)
+    draw(rows, whole["perplexity"], panels, "perplexity", options.picture, "log")
 
 
 if __name__ == "__main__":

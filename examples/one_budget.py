@@ -41,7 +41,7 @@ def rows_of(seed: int, keeps: list[float]) -> list[dict[str, Any]]:
     def row(units: str, keep: float, model: Any, tokenizer: Any) -> dict[str, Any]:
         right = accuracy(model.eval(), tokenizer, list(valid["text"]), list(valid["label"]), ENCODER.length)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        found = {"seed": seed, "units": units, "keep": keep, "accuracy": right, "bytes": size}
+        found = {"seed": seed, "units": units, "keep": keep, "accuracy": right, "bytes": size, "MB": size / 1e6}
         print(json.dumps(found), flush=True)
         return found
 
@@ -69,7 +69,7 @@ def main() -> None:
     rows = [row for seed in map(int, options.seeds.split(",")) for row in rows_of(seed, keeps)]
     dense = fmean(row["accuracy"] for row in rows if row["units"] == "dense")
     cut = [row for row in rows if row["units"] != "dense"]
-    draw(cut, dense, {"bytes": "bytes of weights (fp32)"}, "accuracy", options.picture)
+    draw(cut, dense, {"MB": "MB of weights (fp32)"}, "accuracy", options.picture)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ class PruningConfig:
         default=4,
         metadata=_help(
             "Where layers or tokens are among the units, or `shapes` is per_layer: how many divisions of the budget "
-            "are cut, repaired and compared by their loss on held-out calibration rows; 1 takes the predicted one."
+            "are cut, repaired and compared by their loss on held-out rows (of the guard, where given); 1 takes the "
+            "predicted one."
         ),
     )
     shapes: Shapes = field(

@@ -265,7 +265,7 @@ def prune(
             that it was made with. Where the repair weighs tokens by their gradients, those are computed; to cut to
             several targets after one pass, see `Analysis.cut_`.
         guard: data of another source than `data`, in the same forms: a repair is refused where it makes the error on
-            them larger, and where several divisions of the budget are compared, their loss counts. Nothing is scored or
+            them larger, and several divisions of the budget are compared by their loss on them. Nothing is scored or
             fitted on them. For language models, text unlike the calibration text.
 
     Raises:
