@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 
 Row = Mapping[str, Any]
 
@@ -36,6 +37,8 @@ def draw(
         axis.set(xlabel=title)
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel=y.replace("_", " "), yscale=scale)
+    for formatted in (axes[0][0].yaxis.set_major_formatter, axes[0][0].yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
