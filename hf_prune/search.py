@@ -6,6 +6,7 @@ choose which divisions are tried (`decide.prices`): each is cut, repaired, measu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ class Search:
         with quiet(model), undone(modules, list({id(config): config for config in configs}.values())):
             execute_(model, self.anatomy, division.plan, repair)
             loss = self.judge(model, *self._translations(division.wide))
-        return replace(division, measured=loss)
+        return replace(division, measured=math.inf if math.isnan(loss) else loss)
 
     def _translations(self, wide: Sequence[Kept]) -> list[Translate]:
         tokens = next((kept for kept in wide if kept.where == ()), None)

@@ -584,3 +584,11 @@ def test_the_best_division_is_among_four_tries():
             measured[index] = losses[index]
         assert {0, 10} < measured.keys()
         assert min(measured, key=measured.__getitem__) == losses.argmin()
+
+
+def test_losses_below_zero_and_without_end_are_prices_too():
+    """A layer that is better gone, and a cut that overflows."""
+    kinds = np.array([[1.0, 0.0], [0.5, -0.1], [0.2, -0.2], [0.0, -0.3]])
+    assert [next_to_try(kinds, {}), next_to_try(kinds, {0: 0.4}), next_to_try(kinds, {0: 0.4, 3: -0.1})] == [0, 3, 2]
+    assert next_to_try(kinds, {0: 0.4, 3: np.inf}) == 2
+    assert next_to_try(kinds, {0: np.inf, 3: np.inf}) in (1, 2)

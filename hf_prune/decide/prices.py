@@ -23,13 +23,14 @@ def next_to_try(kinds: Floats, measured: Mapping[int, float]) -> int:
 
     Args:
         kinds: [N, K], what is predicted of each kind in each division, each kind in its own measure.
-        measured: by division, what it lost; not all of them.
+        measured: by division, what it lost (infinite where the cut model breaks); not all of them.
     """
-    shares = kinds / np.maximum(kinds.max(0), np.finfo(float).tiny)
+    shares = kinds / np.maximum(np.abs(kinds).max(0), np.finfo(float).tiny)
     for index in _extremes(shares):
         if index not in measured:
             return index
-    losses = shares @ prices(shares[[*measured]], np.array([*measured.values()]))
+    finite = {index: loss for index, loss in measured.items() if np.isfinite(loss)}
+    losses = shares @ prices(shares[[*finite]], np.array([*finite.values()]))
     return min((index for index in range(len(kinds)) if index not in measured), key=losses.__getitem__)
 
 
