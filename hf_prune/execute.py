@@ -53,6 +53,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                 pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs)
                 reports += StackRepair(
                     plan,
+                    extent.where[0],
                     repair.method,
                     dense.pop(extent.where),
                     pruned,

@@ -53,7 +53,7 @@ def test_both_streams_end_where_the_models_do(family: str, what: str) -> None:
         dense = layerwise.capture(model, layers, inputs)
         masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
         offset = anatomy.family.norm_offset
-        work = StackRepair(plan, "least_squares", dense, dense.copy(), masks, held_out, offset)
+        work = StackRepair(plan, stack, "least_squares", dense, dense.copy(), masks, held_out, offset)
         work.run_(layers, by_layer(anatomy, stack))
         after = final_states(model, layers, inputs)
     for found, wanted in ((work.dense.states, before), (work.pruned.states, after)):
@@ -79,7 +79,7 @@ def test_what_a_sublayer_reads_is_set_right(family: str) -> None:
         mixing = torch.eye(width) + 0.5 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width
         mixed.states = [state @ mixing for state in dense.states]
         masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
-        work = StackRepair(cut_everywhere(anatomy), "least_squares", dense, mixed, masks, held_out)
+        work = StackRepair(cut_everywhere(anatomy), stack, "least_squares", dense, mixed, masks, held_out)
 
         def made(stream: layerwise.Stream, path: str) -> torch.Tensor:
             runs = zip(stream.states, stream.kwargs[0], masks, strict=True)
@@ -117,7 +117,7 @@ def test_the_last_target_of_a_layer_is_what_the_layer_gives(family: str, changes
     with quiet(model), torch.no_grad():
         dense = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
         masks, held_out = [token_mask(model, b, stack) for b in batches], [b.held_out for b in batches]
-        work = StackRepair(cut_everywhere(anatomy), "least_squares", dense, dense.copy(), masks, held_out)
+        work = StackRepair(cut_everywhere(anatomy), stack, "least_squares", dense, dense.copy(), masks, held_out)
         _, targets = work._advance_dense(0, layers[0], here)
         last = here[-1]
         target = targets[last.kind][0].view_as(dense.states[0])

@@ -75,7 +75,8 @@ def within(anatomy: Anatomy, wide: Sequence[Kept]) -> Anatomy:
     left = {kept.where: kept for kept in wide}
     sites = tuple(s for s in anatomy.sites if (s.stack,) not in left or s.layer in left[s.stack,].kept)
     extents = (replace(e, of=len(left[e.where].kept)) if e.where in left else e for e in anatomy.extents)
-    return replace(anatomy, sites=sites, extents=tuple(extents))
+    layers = {w: p for w, p in anatomy.layer_params.items() if w[:1] not in left or w[1] in left[w[:1]].kept}
+    return replace(anatomy, sites=sites, extents=tuple(extents), layer_params=layers)
 
 
 def warn_if_far_below(kept: float, config: PruningConfig) -> None:

@@ -14,7 +14,7 @@ from ..model.anatomy import Anatomy
 from ..model.sites import Counts, Site
 from ..plan import PruningPlan, Where
 
-Sizes = Mapping[Where, Counts]  # place -> axis -> units, as in `Anatomy.sizes`; layers whose sites are missing are gone
+Sizes = Mapping[Where, Counts]  # place -> axis -> units, as in `Anatomy.sizes`; layers that are missing are gone
 
 
 class SiteCost(Protocol):
@@ -51,8 +51,7 @@ class CostModel:
 
     def wide(self, sizes: Sizes) -> float:
         """The cost of all but the sites."""
-        kept = {key[:2] for key in sizes if len(key) == 3}
-        rest = sum(self.layers.get(key, 0.0) for key in kept)
+        rest = sum(self.layers.get(key, 0.0) for key in sizes if len(key) == 2)
         return self.fixed + rest + self.token * sizes.get((), {}).get("tokens", 0)
 
 
@@ -60,6 +59,7 @@ def planned_sizes(anatomy: Anatomy, plan: PruningPlan) -> Sizes:
     """Units that a plan leaves, by place."""
     sizes: dict[Where, Counts] = {e.where: {e.axis.name: e.of} for e in anatomy.extents}
     sizes |= {k.where: {k.axis: len(k.kept)} for k in plan.kept if len(k.where) < 3}
+    sizes |= {layer: {} for layer in anatomy.layer_params if plan.has_layer(*layer)}
     for site in anatomy.sites:
         chosen = plan.get(site.key)
         if chosen is not None:

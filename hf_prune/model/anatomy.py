@@ -52,10 +52,10 @@ class Anatomy:
 
     @property
     def sizes(self) -> dict[Where, dict[str, int]]:
-        """Units by axis of every site, of the layers of every stack, and of the model."""
-        return {site.key: dict(site.sizes) for site in self.sites} | {
-            extent.where: {extent.axis.name: extent.of} for extent in self.extents
-        }
+        """Units by axis of every site, of the layers of every stack, and of the model; of a layer none."""
+        layers: dict[Where, dict[str, int]] = {layer: {} for layer in self.layer_params}
+        wide = {extent.where: {extent.axis.name: extent.of} for extent in self.extents}
+        return {site.key: dict(site.sizes) for site in self.sites} | layers | wide
 
     @property
     def words(self) -> dict[Where, dict[str, int]]:
@@ -84,22 +84,23 @@ def describe(model: PreTrainedModel) -> Anatomy:
     check_weights(model)
     sites = find_sites(model, family)
     first = consumer(model, sites[0])
-    layers = {(site.stack, site.layer): model.get_submodule(site.path) for site in sites}
+    extents = _extents(model, family)
+    paths = {(e.where[0], i): f"{e.path}.{i}" for e in extents for i in range(e.of)}
+    layers = {where: model.get_submodule(path) for where, path in paths.items()}
     in_sites = {f"{site.path}.{part.tensor}" for site in sites for part in site.parts}
-    paths = list(dict.fromkeys(site.path for site in sites))
-    vocabulary, tokens = token_parts(model, paths), image_tokens(model)
-    per_token, per_example = outside_macs(model, paths, tokens)
+    vocabulary, tokens = token_parts(model, [*paths.values()]), image_tokens(model)
+    per_token, per_example = outside_macs(model, [*paths.values()], tokens)
     return Anatomy(
         model_type=family.model_type,
         family=family,
         sites=tuple(sites),
-        extents=_extents(model, family, vocabulary),
+        extents=(*extents, *_vocabulary(model, family, vocabulary)),
         hidden_size=first.weight.shape[output_axis(first)],
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
         layer_params={key: sum(p.numel() for p in layer.parameters()) for key, layer in layers.items()},
-        layer_weights={(site.stack, site.layer): other_elements(model, site.path, in_sites) for site in sites},
+        layer_weights={where: other_elements(model, path, in_sites) for where, path in paths.items()},
         token_params=params_a_token(model, vocabulary),
         token_weights=sum(tensor_of(model, part.tensor).shape[1] for part in vocabulary if part.role == "makes"),
         outside_macs_token=per_token,
@@ -108,12 +109,13 @@ def describe(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def _extents(model: Any, family: Family, vocabulary: tuple[Part, ...]) -> tuple[Extent, ...]:
-    found = [
+def _extents(model: Any, family: Family) -> tuple[Extent, ...]:
+    """The stacks of a model."""
+    return tuple(
         Extent((stack.name,), stack.axis, len(model.get_submodule(path)), path)
         for stack, path in live_stacks(model, family)
-    ]
-    if vocabulary:
-        rows = tensor_of(model, vocabulary[0].tensor).shape[0]
-        found.append(Extent((), family.tokens, rows, parts=vocabulary))
-    return tuple(found)
+    )
+
+
+def _vocabulary(model: Any, family: Family, parts: tuple[Part, ...]) -> list[Extent]:
+    return [Extent((), family.tokens, tensor_of(model, parts[0].tensor).shape[0], parts=parts)] if parts else []

@@ -19,7 +19,7 @@ class Axis:
     """What one index means: one unit, removed whole."""
 
     name: str  # the word for it in `PruningConfig.units` and in plans: heads, kv_groups, neurons, layers, tokens
-    config: str  # key that sizes it
+    config: str  # key that sizes it; with dots through sub-configs: text_config.intermediate_size
     stock: Stock = (
         "any"  # sizes that the stock config can say: any, only divisors of the hidden size, or none but dense
     )
@@ -81,6 +81,7 @@ class Sublayer:
     parts: tuple[Part, ...]
     counts: tuple[Count, ...] = ()
     arguments: tuple[Argument, ...] = ()
+    optional: bool = False  # not in every layer of its stack: experts among dense layers, attention among state spaces
     config_view: str = ""  # module whose forward() reads sizes from its config
     norm: str = ""
     norm_place: Literal["", "after", "inside"] = ""  # behind the residual sum (post-LN) · between projection and sum

@@ -165,6 +165,7 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         for stack, path in stacks
         for index, layer in enumerate(model.get_submodule(path))
         for row in stack.sublayers
+        if not row.optional or _has(layer, row)
     ]
 
 
@@ -192,6 +193,11 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)
     return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, _consumer_bias(layer, parts))
+
+
+def _has(layer: nn.Module, row: Sublayer) -> bool:
+    """Whether a layer has a sublayer that not every layer has: all that reads its units is there."""
+    return all(find_tensor(layer, part.tensor) is not None for part in row.parts if part.role == "reads")
 
 
 def _consumer_bias(layer: nn.Module, parts: Sequence[Part]) -> bool:

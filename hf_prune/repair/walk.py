@@ -43,6 +43,7 @@ from .solve import (
 
 Sums = TypeVar("Sums")
 Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
+Targets = Sequence[torch.Tensor] | None  # a batch each; None where only what the consumer itself gave is wanted
 
 
 @dataclass
@@ -54,6 +55,7 @@ class StackRepair:
     """
 
     plan: PruningPlan
+    stack: str
     method: str  # "least_squares", "rescale" or "bias"
     dense: Stream
     pruned: Stream
@@ -66,21 +68,24 @@ class StackRepair:
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
         """Cut and repair the layers that stay in place; one report per site that is cut, or stands before a gap."""
         reports: list[dict[str, Any]] = []
-        kept = self.plan.layers(sites[0][0].stack, len(layers))
+        kept = self.plan.layers(self.stack, len(layers))
         for gone in range(kept[0]):
             self._advance_dense(gone, layers[gone], sites[gone])
         diverged = any(not torch.equal(a, b) for a, b in zip(self.dense.states, self.pruned.states, strict=True))
-        progress = tqdm(kept, desc=f"cut and repair {sites[0][0].stack}", leave=False)
+        progress = tqdm(kept, desc=f"cut and repair {self.stack}", leave=False)
         for index, following in zip(progress, (*kept[1:], len(layers)), strict=True):
             layer, here = layers[index], sites[index]
             reads, targets = self._advance_dense(index, layer, here)
             for gone in range(index + 1, following):
-                targets[here[-1].kind] = self._advance_dense(gone, layers[gone], sites[gone])[1][sites[gone][-1].kind]
+                behind = self._advance_dense(gone, layers[gone], sites[gone])[1]
+                if targets and behind:
+                    targets[here[-1].kind] = behind[sites[gone][-1].kind]
             self._advanced = False
             for position, site in enumerate(here):
-                read, wanted = reads.pop(site.kind), targets.pop(site.kind)  # as large as a stream: let go when done
+                read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
                 realigned = diverged and self.method == "least_squares" and self._realign_(index, layer, site, read)
-                gap = following - index - 1 if site is here[-1] and self.method == "least_squares" else 0
+                bridges = site is here[-1] and wanted is not None and self.method == "least_squares"
+                gap = following - index - 1 if bridges else 0
                 if gap or not self.plan[site.key].is_identity:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
                     reports.append(report | {"realigned": realigned, "gap": gap})
@@ -92,11 +97,12 @@ class StackRepair:
 
     def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
         """Run the dense layer. By sublayer and batch: what it reads, and the stream behind it (post-LN: before its
-        norm)."""
+        norm); no streams where the layer adds more to it than these sublayers give."""
         reads: Streams = {site.kind: [] for site in sites}
         targets: Streams = {site.kind: [] for site in sites}
         first = {site.kind: readers(site)[0] for site in sites}
         wanted = [path for site in sites for path in {site.consumer, _end(site)}]
+        is_sum = True
         for batch, state in enumerate(self.dense.states):
             arguments = self.dense.kwargs[index][batch]
             seen = layerwise.run(layer, state, arguments, inputs_of=list(first.values()), outputs_of=wanted)
@@ -107,8 +113,9 @@ class StackRepair:
                     state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
                     reads[site.kind].append(seen[first[site.kind]])
                     targets[site.kind].append(summed)
+            is_sum = is_sum and _same(state, seen[OUTPUT])
             self.dense.states[batch] = seen[OUTPUT]
-        return reads, targets
+        return reads, targets if is_sum else {}
 
     def _advance_pruned(self, index: int, layer: nn.Module) -> None:
         for batch, state in enumerate(self.pruned.states):
@@ -136,7 +143,7 @@ class StackRepair:
         return found.accepted
 
     def _site_(
-        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], is_last: bool
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets, is_last: bool
     ) -> dict[str, Any]:
         """Cut and repair the last of the sublayers `upto`; those before it are done."""
         site = upto[-1]
@@ -146,7 +153,8 @@ class StackRepair:
         if not planned.is_identity:
             cut_(layer, site, planned.axis, planned.kept)
             self._cut_arguments(index, site, planned)
-        result = self._solve(site, matrix_of(consumer), calibration, held_out)
+        blends = BLENDS if targets is not None and site.row.norm_place != "inside" else (0.0,)
+        result = self._solve(site, matrix_of(consumer), calibration, held_out, blends)
         set_matrix_(consumer, result.weight)
         report = {
             "site": site.name,
@@ -156,7 +164,7 @@ class StackRepair:
             "ridge": result.ridge,
             "blend": result.blend,
         }
-        if self.method == "least_squares" and site.row.norm_place and calibration.tokens:
+        if self.method == "least_squares" and site.row.norm_place and targets is not None and calibration.tokens:
             report["norm_refitted"] = self._norm_(index, layer, upto, targets, is_last)
         return report
 
@@ -168,7 +176,7 @@ class StackRepair:
         return state
 
     def _moments(
-        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Sequence[torch.Tensor], dense: torch.Tensor
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets, dense: torch.Tensor
     ) -> list[Moments]:
         """Of the rows that the repair is fitted to, and of each held-out set."""
         *done, site = upto
@@ -183,13 +191,13 @@ class StackRepair:
             seen = layerwise.run(layer, state, arguments, inputs_of=[path], outputs_of=ends, stop_at=path)
             if path not in seen:
                 continue
-            wanted = targets[batch] - self._before(state, seen, done)
             for moments, examples in self._by_set(sums, batch):
                 x = rows_of(seen[path], self.masks[batch], examples)
                 own = functional.linear(x, weight, bias)
-                if site.row.norm_place == "inside":
+                if targets is None or site.row.norm_place == "inside":
                     residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
                 else:
+                    wanted = targets[batch] - self._before(state, seen, done)
                     residual = rows_of(wanted, self.masks[batch], examples) - own
                 weight_of = rows_of(weights[batch], self.masks[batch], examples) if batch < len(weights) else None
                 moments.add(x[:, kept], own, residual, weight_of)
@@ -205,7 +213,14 @@ class StackRepair:
         for number in self.held_out[batch].unique().tolist():
             yield sums[number], self.held_out[batch] == number
 
-    def _solve(self, site: Site, weight: torch.Tensor, calibration: Moments, held_out: Sequence[Moments]) -> Refit:
+    def _solve(
+        self,
+        site: Site,
+        weight: torch.Tensor,
+        calibration: Moments,
+        held_out: Sequence[Moments],
+        blends: Sequence[float],
+    ) -> Refit:
         if self.method == "bias":
             return shift_bias(weight, calibration, held_out)
         if self.method == "rescale":
@@ -217,7 +232,7 @@ class StackRepair:
                 "Give more or longer examples.",
                 stacklevel=2,
             )
-        return refit(weight, calibration, held_out, (0.0,) if site.row.norm_place == "inside" else BLENDS)
+        return refit(weight, calibration, held_out, blends)
 
     def _cut_arguments(self, index: int, site: Site, planned: Kept) -> None:
         """Slice what carries units of this axis (T5's position bias) for the layer as it is now cut."""
@@ -259,6 +274,11 @@ class StackRepair:
         for batch, output in enumerate(self.pruned.states if self._advanced else ()):
             self.pruned.states[batch] = (output * scale + shift).to(output.dtype)
         return True
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for rounding, in whatever precision."""
+    return bool((a - b).abs().max() <= 0.02 * b.abs().max())
 
 
 def _end(site: Site) -> str:
