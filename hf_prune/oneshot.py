@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint.history import History, history_of, proof_rows, summary_of
-from .checkpoint.layout import configs_of, write_
+from .checkpoint.layout import write_
 from .config import PruningConfig, config_or
 from .decide.allocate import FAR_BELOW, SHAPES, allocate, reachable, warn_if_far_below
 from .decide.costs import COSTS, planned_sizes
@@ -27,6 +27,7 @@ from .decide.units import asked, choose_units, default_align, unit_of
 from .execute import Repair, check_plan, execute_, touched
 from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
+from .model.configs import all_configs
 from .model.depth import check_droppable
 from .model.undo import undone_on_error
 from .model.weights import check_loaded, quiet
@@ -312,7 +313,7 @@ def _cut_(
     timed = plan.config.get("metric") == "latency"
     watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
     report = _report(analysis, plan) | {"divisions": list(tried)}
-    configs = {id(config): config for config in (*configs_of(model), *token_configs(model))}
+    configs = {id(config): config for config in (*all_configs(model), *token_configs(model))}
     with quiet(model), undone_on_error(touched(model, anatomy, plan), list(configs.values())):
         started = time.perf_counter()
         if not plan.is_identity:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .checkpoint.layout import configs_of
 from .decide.prices import next_to_try
 from .execute import Repair, execute_, touched
 from .model.anatomy import Anatomy, Extent
+from .model.configs import all_configs
 from .model.depth import without_layers
 from .model.undo import undone
 from .model.weights import quiet
@@ -142,7 +142,7 @@ class Search:
         return min(found.values(), key=lambda each: each.measured or 0.0), [found[index] for index in sorted(found)]
 
     def _measured(self, model: PreTrainedModel, division: Division, repair: Repair) -> Division:
-        configs = [*configs_of(model), *token_configs(model)]
+        configs = [*all_configs(model), *token_configs(model)]
         modules = touched(model, self.anatomy, division.plan)
         with quiet(model), undone(modules, list({id(config): config for config in configs}.values())):
             execute_(model, self.anatomy, division.plan, repair)

@@ -44,8 +44,8 @@ ROOT = PACKAGE.parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
-        "axes", "families", "sites", "cut", "undo", "weights", "outside", "tokens", "anatomy", "mask", "embeddings",
-        "depth", "probe", "layerwise", "batches",
+        "axes", "families", "configs", "sites", "cut", "undo", "weights", "outside", "tokens", "anatomy", "mask",
+        "embeddings", "depth", "probe", "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
@@ -168,7 +168,7 @@ def test_import_loads_no_modelling_file():
 
 def test_import_loads_the_loader_and_what_it_needs():
     loaded = ast.literal_eval(run("import sys, hf_prune; print([m for m in sys.modules if m.startswith('hf_prune.')])"))
-    needed = {"checkpoint": ("layout", "loader"), "model": ("axes", "cut", "families", "sites")}
+    needed = {"checkpoint": ("layout", "loader"), "model": ("axes", "configs", "cut", "families", "sites")}
     assert {*loaded} == {f"hf_prune.{room}" for room in needed} | {
         f"hf_prune.{room}.{file}" for room, files in needed.items() for file in files
     }

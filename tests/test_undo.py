@@ -23,7 +23,7 @@ STAGES = {  # what a cut is made of: module, name
     "the units of a site, in the repair": (walk, "cut_"),
     "the units of a site": (execute, "cut_"),
     "the config": (oneshot, "write_"),
-    "one of its copies": (layout, "_write_config_"),
+    "one of its sizes": (layout, "holders"),
     "its form": (layout, "_form"),
 }
 

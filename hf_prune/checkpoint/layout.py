@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..model.axes import Family
+from ..model.configs import configs_of, holders, nested, raw, set_
 from ..model.cut import cut_
 from ..model.families import family_for
 from ..model.sites import Site, find_sites
@@ -69,11 +70,6 @@ def size_keys(family: Family) -> list[str]:
     return list(dict.fromkeys(axis.config for axis in axes))
 
 
-def raw(config: Any, key: str) -> Any:
-    """A global value, also where layers override it."""
-    return config._getattr_without_heterogeneous_validation(key, None)
-
-
 def site_values(site: Site) -> dict[str, int]:
     """The config values that describe a site's sizes."""
     return {axis.config: site.sizes[axis.name] for axis in site.row.axes}
@@ -95,24 +91,17 @@ def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None
     sites = find_sites(model, family_for(model.config.model_type))
     dense = dense_values(model.config, family)
     form, entry = _form(model.config, family, sites, dense)
-    for config in configs_of(model):
-        _write_config_(config, family, sites, dense, form)
+    _write_sizes_(model, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
     return form
-
-
-def configs_of(model: nn.Module) -> list[Any]:
-    """The model's config and the copies that its stacks hold."""
-    found = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
-    return list({id(c): c for c in found if type(c) is type(model.config)}.values())
 
 
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The plainest form that can say these sizes, and what the entry needs besides."""
     if not _is_uniform(sites):
-        if config.is_encoder_decoder:
-            return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
-        return "per_layer", {}
+        if tells_layers(config, family):
+            return "per_layer", {}
+        return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
     cut = [(site, axis) for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]]
     stock = {axis.stock for _, axis in cut}
     if "none" in stock:
@@ -121,30 +110,38 @@ def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, An
     return "stock" if divides else "per_layer", {}  # the config class refuses other global head counts
 
 
+def tells_layers(config: Any, family: Family) -> bool:
+    """Whether transformers' own `per_layer_config` can tell layers apart: in one stack, sized by the config itself."""
+    return not config.is_encoder_decoder and not any("." in key for key in size_keys(family))
+
+
 def _is_uniform(sites: list[Site]) -> bool:
     seen: dict[str, int] = {}
     return all(seen.setdefault(key, value) == value for site in sites for key, value in site_values(site).items())
 
 
-def _write_config_(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any], form: str) -> None:
-    config.per_layer_config = None
-    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+def _write_sizes_(model: Any, family: Family, sites: list[Site], dense: Mapping[str, Any], form: str) -> None:
+    """Write the sizes into the model's config and all its copies, in a form."""
     values = dict(dense)
-    if form != "per_layer":
-        for site in sites:
-            values.update(site_values(site))
-    for key, value in values.items():
-        setattr(config, key, value)
+    for site in sites if form != "per_layer" else ():
+        values.update(site_values(site))
     for site in sites:
         for axis in site.row.axes:
             if axis.width_config and site.sizes[axis.name] != dense[axis.config]:
-                setattr(config, axis.width_config, site.widths[axis.name])
-    if form == "per_layer" and not config.is_encoder_decoder:
+                values[axis.width_config] = site.widths[axis.name]
+    for config in configs_of(model):
+        config.per_layer_config = None
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    for key, value in values.items():
+        for config, name in holders(model, key):
+            setattr(config, name, value)
+    if form == "per_layer" and tells_layers(model.config, family):
         layers: dict[int, dict[str, int]] = {}
         for site in sites:
             layers.setdefault(site.layer, {}).update(site_values(site))
-        config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = layers
+        for config in configs_of(model):
+            config.allow_global_per_layer_attribute_access = True
+            config.per_layer_config = layers
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -204,7 +201,7 @@ def dense_config(config: Any) -> Any:
     entry = dense.__dict__.pop(KEY)
     dense.__dict__.pop("_heterogeneity_spec", None)
     for key, value in entry["dense"].items():
-        setattr(dense, key, value)
+        set_(dense, key, value)
     return dense
 
 
@@ -231,15 +228,19 @@ def build_(model: Any, init: Callable[..., None], config: Any, *args: Any, **kwa
 def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
     """Give the model its own config in place of the dense copy, with what the stock class decided on the way."""
     pruned = {key: raw(config, key) for key in config.hf_prune["dense"]}
-    decided = {key: value for key, value in dense.__dict__.items() if key not in pruned}
+    sizes = {key.rpartition(".")[2] for key in pruned}
+    pairs = list(zip(nested(dense), nested(config), strict=True))
+    owner = {id(shown): own for shown, own in pairs}
     with BUILDING:
-        config.__dict__.update(decided)
+        for shown, own in pairs:
+            own.__dict__.update({k: v for k, v in vars(shown).items() if k not in sizes and id(v) not in owner})
     for module in model.modules():
         held = getattr(module, "config", None)
-        if held is dense:
-            module.config = config
+        if id(held) in owner:
+            module.config = owner[id(held)]
         elif type(held) is type(config):  # a stack's own copy
-            held.__dict__.update(pruned)
+            for key, value in pruned.items():
+                set_(held, key, value)
 
 
 def _shrink_(model: nn.Module, site: Site, values: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model import axes, cut, families, sites
+from ..model import axes, configs, cut, families, sites
 from . import layout
 from .convert import auto_classes
 
@@ -20,7 +20,7 @@ CODE_FILE = "modeling_hf_prune.py"
 
 def code_for(cls: type[nn.Module]) -> str:
     """One self-contained file: the loader's own source, and a subclass of `cls` that builds with it."""
-    parts = [_without_relative_imports(module) for module in (axes, families, sites, cut, layout)]
+    parts = [_without_relative_imports(module) for module in (axes, families, configs, sites, cut, layout)]
     subclass = f'''
 class Pruned{cls.__name__}(transformers.{cls.__name__}):
     """{cls.__name__} in the sizes that its config gives."""

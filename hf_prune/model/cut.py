@@ -35,7 +35,8 @@ def cut_(layer: nn.Module, site: Site, axis: str, kept: Sequence[int]) -> None:
         _set_count_(layer, count.attribute, len(left[count.axis]), site, count.of, left)
     if site.row.config_view:
         module: Any = layer.get_submodule(site.row.config_view)
-        module.config = LayerConfig(module.config, {a.config: len(left[a.name]) for a in site.row.axes})
+        sizes = {axis.config.rpartition(".")[2]: len(left[axis.name]) for axis in site.row.axes}
+        module.config = LayerConfig(module.config, sizes)
 
 
 def _set_count_(

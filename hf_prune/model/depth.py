@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import Anatomy, Extent
+from .configs import holder
 
 ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
 BY_NUMBER = ("out_indices", "out_features", "scale_attn_by_inverse_layer_idx")  # keys by which layers are told apart
@@ -49,10 +50,11 @@ def drop_layers_(model: Any, extent: Extent, kept: Sequence[int]) -> None:
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index
-    _write_(model.config, extent, kept)
-    own = next((m.config for path, m in _up(model, extent.path) if hasattr(m, "config")), model.config)
-    if own is not model.config:  # the copy that a stack holds calls its own layers `num_hidden_layers`
-        _write_(own, extent, kept)
+    config, name = holder(model.config, extent.axis.config)
+    _write_(config, extent, name, kept)
+    own = next((m.config for path, m in _up(model, extent.path) if hasattr(m, "config")), config)
+    if own is not config:  # the copy that a stack holds calls its own layers `num_hidden_layers`
+        _write_(own, extent, name, kept)
         own.num_hidden_layers = len(kept)
 
 
@@ -63,11 +65,11 @@ def _up(model: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
         yield path, model.get_submodule(path)
 
 
-def _write_(config: Any, extent: Extent, kept: Sequence[int]) -> None:
+def _write_(config: Any, extent: Extent, name: str, kept: Sequence[int]) -> None:
     for key, values in lists_along(config):
         if len(values) == extent.of:
             setattr(config, key, [values[index] for index in kept])
-    setattr(config, extent.axis.config, len(kept))
+    setattr(config, name, len(kept))
 
 
 @contextlib.contextmanager

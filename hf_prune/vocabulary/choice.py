@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..checkpoint.layout import configs_of
 from ..config import PruningConfig
 from ..model.anatomy import describe
 from ..model.batches import Batch
+from ..model.configs import configs_of
 from ..model.embeddings import counted_from
 from ..model.probe import positions
 from .choosing import chosen, protected

@@ -1,0 +1,63 @@
+"""A model's configs: its own, those inside it, and the copies that its modules hold. Keys are dotted paths through
+sub-configs: text_config.intermediate_size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def holder(config: Any, key: str) -> tuple[Any, str]:
+    """The config that holds a key, and what it calls it."""
+    *inside, name = key.split(".")
+    for each in inside:
+        config = getattr(config, each)
+    return config, name
+
+
+def raw(config: Any, key: str) -> Any:
+    """A global value, also where layers override it; None where there is none."""
+    with contextlib.suppress(AttributeError):
+        config, name = holder(config, key)
+        return config._getattr_without_heterogeneous_validation(name, None)
+    return None
+
+
+def set_(config: Any, key: str, value: Any) -> None:
+    config, name = holder(config, key)
+    setattr(config, name, value)
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The model's config and the copies that its stacks hold."""
+    found = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
+    return _unlike(config for config in found if type(config) is type(model.config))
+
+
+def all_configs(model: nn.Module) -> list[Any]:
+    """`configs_of`, and all that lie inside them."""
+    return _unlike(inside for config in configs_of(model) for inside in nested(config))
+
+
+def holders(model: nn.Module, key: str) -> list[tuple[Any, str]]:
+    """All configs of a model that hold a key: in each copy, and where a module has a copy of the inner one alone."""
+    first, name = holder(model.config, key)
+    held = [m.config for m in model.modules() if type(getattr(m, "config", None)) is type(first)]
+    alike = [config for config in nested(model.config) if type(config) is type(first)]
+    inner = held if len(alike) == 1 else []  # two towers of a kind tell their configs apart by identity alone
+    return [(config, name) for config in _unlike([*(holder(c, key)[0] for c in configs_of(model)), *inner])]
+
+
+def nested(config: Any) -> Iterator[Any]:
+    """A config and all inside it."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from nested(value)
+
+
+def _unlike(configs: Any) -> list[Any]:
+    return list({id(config): config for config in configs}.values())
