@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from .model import layerwise
-from .model.anatomy import Anatomy, Extent
+from .model.anatomy import Anatomy
 from .model.batches import Batch, forward_inputs, token_mask
 from .model.cut import cut_
 from .model.depth import check_droppable, drop_layers_
 from .model.embeddings import counted_from, cut_tokens_
-from .model.sites import Site
+from .model.sites import Extent, Site
 from .model.weights import quiet
 from .plan import PruningPlan, Where, must_be_plan
 from .repair.walk import StackRepair

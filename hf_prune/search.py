@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from .decide.prices import next_to_try
 from .execute import Repair, execute_, touched
-from .model.anatomy import Anatomy, Extent
+from .model.anatomy import Anatomy
 from .model.configs import all_configs
 from .model.depth import without_layers
+from .model.sites import Extent
 from .model.undo import undone
 from .model.weights import quiet
 from .plan import Kept, PruningPlan, Where

@@ -44,8 +44,9 @@ ROOT = PACKAGE.parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
-        "axes", "families", "configs", "sites", "cut", "undo", "weights", "outside", "tokens", "anatomy", "mask",
-        "embeddings", "depth", "probe", "layerwise", "batches",
+        "axes", "families", "configs", "sites", "cut", "silence", "undo", "weights", "outside", "tokens", "embeddings",
+        "depth", "probe", "smaller", "feed", "instance", "effects", "derive", "prove", "anatomy", "mask", "layerwise",
+        "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (

@@ -8,26 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .axes import Axis, Family, Part
+from .axes import Family, Part
 from .families import family_for
 from .outside import image_tokens, other_elements, outside_macs
-from .sites import Site, Where, consumer, find_sites, live_stacks, output_axis, tensor_of
+from .sites import Extent, Site, Where, consumer, find_sites, find_stacks, output_axis, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Extent:
-    """An axis of a stack or of the whole model: how many units there are, and where they lie in the model."""
-
-    where: Where
-    axis: Axis
-    of: int
-    path: str = ""  # of the list of layers
-    parts: tuple[Part, ...] = ()  # of the tensors that the vocabulary runs along
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     check_weights(model)
     sites = find_sites(model, family)
     first = consumer(model, sites[0])
-    extents = _extents(model, family)
+    extents = find_stacks(model, family)
     paths = {(e.where[0], i): f"{e.path}.{i}" for e in extents for i in range(e.of)}
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
     in_sites = {f"{site.path}.{part.tensor}" for site in sites for part in site.parts}
@@ -106,14 +95,6 @@ def describe(model: PreTrainedModel) -> Anatomy:
         outside_macs_token=per_token,
         outside_macs_example=per_example,
         image_tokens=tokens,
-    )
-
-
-def _extents(model: Any, family: Family) -> tuple[Extent, ...]:
-    """The stacks of a model."""
-    return tuple(
-        Extent((stack.name,), stack.axis, len(model.get_submodule(path)), path)
-        for stack, path in live_stacks(model, family)
     )
 
 

@@ -4,10 +4,13 @@ sub-configs: text_config.intermediate_size."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+
+ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
 
 
 def holder(config: Any, key: str) -> tuple[Any, str]:
@@ -57,6 +60,13 @@ def nested(config: Any) -> Iterator[Any]:
     for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from nested(value)
+
+
+def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The config's lists with an entry for each layer."""
+    for key, value in list(config.__dict__.items()):
+        if isinstance(value, list | tuple) and ALONG.search(key):
+            yield key, value
 
 
 def _unlike(configs: Any) -> list[Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .anatomy import Anatomy, Extent
-from .configs import holder
+from .configs import holder, lists_along
+from .sites import Extent
 
-ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
 BY_NUMBER = ("out_indices", "out_features", "scale_attn_by_inverse_layer_idx")  # keys by which layers are told apart
 
 
@@ -32,13 +33,6 @@ def check_droppable(model: Any, anatomy: Anatomy) -> None:
                 f"units=['layers']: the config's {key} has {len(values)} entries, the model "
                 f"{' and '.join(map(str, sorted(lengths)))} layers. Mend config.json, then open the model again."
             )
-
-
-def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
-    """The config's lists with an entry for each layer."""
-    for key, value in list(config.__dict__.items()):
-        if isinstance(value, list | tuple) and ALONG.search(key):
-            yield key, value
 
 
 def drop_layers_(model: Any, extent: Extent, kept: Sequence[int]) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Extent
 from .cut import slice_
-from .sites import module_of, tensor_of
+from .sites import Extent, module_of, tensor_of
 
 
 def cut_tokens_(model: Any, extent: Extent, kept: Sequence[int]) -> None:

@@ -141,6 +141,17 @@ class Site:
         return sum(2 * counts[axis.name] * self.widths[axis.name] for axis in self.row.axes if axis.mixes)
 
 
+@dataclass(frozen=True)
+class Extent:
+    """An axis of a stack or of the whole model: how many units there are, and where they lie in the model."""
+
+    where: Where
+    axis: Axis
+    of: int
+    path: str = ""  # of the list of layers
+    parts: tuple[Part, ...] = ()  # of the tensors that the vocabulary runs along
+
+
 def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
@@ -167,6 +178,14 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         for row in stack.sublayers
         if not row.optional or _has(layer, row)
     ]
+
+
+def find_stacks(model: Any, family: Family) -> tuple[Extent, ...]:
+    """The stacks of a model."""
+    return tuple(
+        Extent((stack.name,), stack.axis, len(model.get_submodule(path)), path)
+        for stack, path in live_stacks(model, family)
+    )
 
 
 def live_stacks(model: Any, family: Family) -> list[tuple[Stack, str]]:

@@ -13,10 +13,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..model import layerwise
-from ..model.anatomy import Extent
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.depth import without_layers
 from ..model.layerwise import OUTPUT
+from ..model.sites import Extent
 from ..model.weights import quiet
 from .losses import example_losses
 

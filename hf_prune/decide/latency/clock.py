@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 
 from ...config import PruningConfig
 from ...model import layerwise
-from ...model.anatomy import Anatomy, Extent
+from ...model.anatomy import Anatomy
 from ...model.batches import Batch, forward_inputs
 from ...model.cut import cut_, cut_arguments
 from ...model.depth import without_layers
 from ...model.probe import positions, random_inputs
-from ...model.sites import Site
+from ...model.sites import Extent, Site
 from ...model.weights import quiet
 from ...plan import Where
 from .table import TINY, Grid, LatencyTable, Level, evenly, monotone, table_of
