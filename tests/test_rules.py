@@ -45,7 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", "families", "sites", "cut", "undo", "weights", "outside", "tokens", "anatomy", "mask", "embeddings",
-        "depth", "probe", "layerwise", "batches",
+        "depth", "smaller", "feed", "instance", "probe", "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
