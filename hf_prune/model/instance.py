@@ -1,0 +1,171 @@
+"""A small random instance of any model type: its config, class and weights (inputs come from `feed`)."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hf_prune.model.feed import feeds
+from hf_prune.model.smaller import candidates, reason_of, small_configs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["build", "classes_of", "instance", "quiet", "randomize_", "small_configs"]
+
+MOST_PARAMETERS = 45_000_000
+SECONDS = 20.0
+DTYPES = (torch.float64, torch.float32)
+
+TASKS = (  # heads that read the whole output come first, the bare model where nothing does
+    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CTC",
+    "RNNT", "TDT", "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION", "ZERO_SHOT_OBJECT_DETECTION", "OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION",
+    "SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION", "SEQUENCE_CLASSIFICATION", "TEXT_ENCODING", "", "BACKBONE",
+    "PRETRAINING",
+)  # fmt: skip
+
+
+def classes_of(model_type: str) -> list[str]:
+    """Names of the classes of a model type, the most telling first."""
+    from transformers.models.auto import modeling_auto
+
+    tables = {key: table for key, table in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING_NAMES", key)}
+    order = [f"MODEL_FOR_{task}_MAPPING_NAMES" if task else "MODEL_MAPPING_NAMES" for task in TASKS]
+    found: list[str] = []
+    for key in (*order, *tables):
+        names = tables.get(key, {}).get(model_type, ())
+        found += [names] if isinstance(names, str) else names
+    return list(dict.fromkeys(found))
+
+
+# --- a small model ---------------------------------------------------------------------------------------------------
+
+
+def build(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float64
+) -> PreTrainedModel:
+    """A model of a copy of the config, to be evaluated: plain attention and experts, no cache."""
+    config = copy.deepcopy(config)
+    for part in _parts(config):
+        if "use_cache" in vars(part):
+            part.use_cache = False
+    with torch.device(device):
+        return cls._from_config(config, dtype=dtype, attn_implementation="eager", experts_implementation="eager").eval()
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "sub_configs"):
+            yield from _parts(value)
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module, seed: int = 0) -> None:
+    """Weights so large that every unit matters, and biases, norms and running statistics of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    done: set[int] = set()
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if id(weight) in done or not weight.is_floating_point():
+                continue
+            done.add(id(weight))
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            if weight.dim() > 1:
+                fan = max(weight.shape[1:]) if weight.dim() == 3 and _bare(module) else weight[0].numel()
+                weight.copy_(noise * min(0.5, 1.3 / max(fan, 1) ** 0.5))
+            else:
+                weight.add_(noise * 0.1)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in ("running_mean", "running_var"):
+                buffer.add_(torch.rand(buffer.shape, generator=generator).to(buffer))
+
+
+def _bare(module: nn.Module) -> bool:
+    """Has the module weights of many matrices, such as experts, and is no convolution?"""
+    return not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def instance(
+    model_type: str | PreTrainedConfig, class_name: str | None = None, dtypes: Iterable[torch.dtype] = DTYPES
+) -> PreTrainedModel:
+    """A small random model of a type, or of a config, that runs: in float64, or else in float32.
+
+    Raises:
+        ValueError: none builds and runs; the message says why each candidate does not.
+    """
+    reasons: list[str] = []
+    partial: list[PreTrainedModel] = []  # models that run, but not as a whole
+    with quiet():
+        config = _config(model_type)
+        names = [class_name] if class_name else [*(config.architectures or ()), *classes_of(config.model_type)]
+        for attempt in _attempts(config, list(dict.fromkeys(names))[:3], dtypes, reasons):
+            if any(feed.method == "forward" for feed in feeds(attempt)):
+                return attempt
+            partial.append(attempt)
+    if partial:
+        return partial[0]
+    raise ValueError("\n".join([f"No small instance of {config.model_type!r} runs:", *reasons]))
+
+
+def _attempts(
+    config: PreTrainedConfig, names: list[str], dtypes: Iterable[torch.dtype], reasons: list[str]
+) -> Iterator[PreTrainedModel]:
+    """Models that run, the best first; each failure adds a line to the reasons."""
+    import transformers
+
+    end = time.monotonic() + SECONDS
+    for name in names:
+        for number, (small, reason) in enumerate(candidates(config)):
+            for dtype in dtypes:
+                if small is None:
+                    break
+                try:
+                    yield _running(getattr(transformers, name), small, dtype)
+                    reason = "forward does not run"
+                except Exception as error:  # whatever a class dislikes
+                    reason = reason_of(error)
+                if time.monotonic() > end:
+                    reasons.append(f"{name}, size {number}: {reason}; no time for more")
+                    return
+            reasons.append(f"{name}, size {number}: {reason}")
+
+
+def _config(model_type: str | PreTrainedConfig) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]() if isinstance(model_type, str) else model_type
+
+
+def _running(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    count = sum(weight.numel() for weight in build(cls, config, "meta", dtype).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{count / 1e6:.0f}M parameters")
+    model = build(cls, config, dtype=dtype)
+    randomize_(model)
+    feeds(model)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers and torch about unusual sizes."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
