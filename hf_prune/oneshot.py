@@ -218,7 +218,7 @@ def _search(
     if words is None and "layers" not in units and not unlike:
         return None
     rows = scored_rows(batches)
-    stacks = [extent for extent in anatomy.extents if extent.path] if "layers" in units else []
+    stacks = [e for e in anatomy.extents if e.path and e.axis.config] if "layers" in units else []
     found = Search(
         anatomy,
         Judge.of(model, batches),
@@ -318,7 +318,7 @@ def _cut_(
         started = time.perf_counter()
         if not plan.is_identity:
             report["repairs"] = execute_(model, anatomy, plan, analysis._repair())
-            write_(model, summary_of(model, report, composed))
+            write_(model, anatomy.family, summary_of(model, report, composed))
         report["seconds"]["cut_and_repair"] = time.perf_counter() - started
         if watch is not None:
             report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
@@ -410,7 +410,7 @@ def _other_shapes(analysis: Analysis, plan: PruningPlan) -> dict[str, dict[str, 
     others: dict[str, dict[str, float]] = {}
     wide = any(len(kept.where) < 3 for kept in plan.kept)  # whose loss is measured, not predicted
     for shapes in SHAPES if analysis.scores and not (plan.is_identity or wide) else ():
-        if shapes == analysis.config.shapes:
+        if shapes == analysis.config.shapes or shapes not in analysis.anatomy.family.shapes:
             continue
         changed = replace(analysis.config, shapes=shapes, keep=min(1.0, plan.config.get("keep", analysis.config.keep)))
         with contextlib.suppress(ValueError):  # these units cannot reach the target in those shapes

@@ -56,7 +56,7 @@ def test_a_row_is_enough(axes, tmp_path):
     if "tokens" in axes:
         wanted, ids = wanted[..., list(TOKENS)], torch.tensor([[TOKENS.index(i) for i in row] for row in ids.tolist()])
     execute_(model, anatomy, plan, Repair())
-    write_(model, {})
+    write_(model, ROW, {})
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[0], wanted, rtol=1e-5, atol=1e-5)
     assert (model.embed.weight is model.head.weight) == (dense.embed.weight is dense.head.weight)

@@ -45,8 +45,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", "families", "configs", "sites", "cut", "silence", "undo", "weights", "outside", "tokens", "embeddings",
-        "depth", "probe", "smaller", "feed", "instance", "effects", "derive", "prove", "anatomy", "mask", "layerwise",
-        "batches",
+        "depth", "probe", "smaller", "feed", "instance", "effects", "derive", "prove", "lookup", "anatomy", "mask",
+        "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (

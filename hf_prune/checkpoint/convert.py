@@ -51,7 +51,7 @@ def as_model_type(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     twin.tie_weights()
     twin.generation_config = model.generation_config
     summary = {k: v for k, v in model.config.__dict__.get(KEY, {}).items() if k not in ("format", "shapes", "layers")}
-    write_(twin, summary)
+    write_(twin, family_for(model_type), summary)
     return twin
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..model.axes import Family
 from ..model.configs import configs_of, holders, nested, raw, set_
 from ..model.cut import cut_
-from ..model.families import family_for
+from ..model.families import family_for, registered
 from ..model.sites import Site, find_sites
 
 FORMAT = 2
@@ -80,15 +80,14 @@ def dense_values(config: Any, family: Family) -> dict[str, Any]:
     return entry_of(config).get("dense") or {key: raw(config, key) for key in size_keys(family)}
 
 
-def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None) -> str:
+def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
     """Make the config say what the weights are, in the plainest form that can; returns that form's name.
 
     Args:
+        family: the model's row.
         summary: more entries for the config's `hf_prune`.
-        model_type: describe the sizes for this family instead (Llama weights saved as Mistral).
     """
-    family = family_for(model_type or model.config.model_type)
-    sites = find_sites(model, family_for(model.config.model_type))
+    sites = find_sites(model, family)
     dense = dense_values(model.config, family)
     form, entry = _form(model.config, family, sites, dense)
     _write_sizes_(model, family, sites, dense, form)
@@ -168,8 +167,9 @@ def check_sizes(config: Any) -> None:
 
     Compared before anything is built: a size is a number in a file, and a wrong one eats memory.
     """
-    entry, keys = entry_of(config), size_keys(family_for(config.model_type))
+    entry, row = entry_of(config), registered(config.model_type)
     dense, layers = entry.get("dense"), entry.get("layers", {})
+    keys = size_keys(row) if row else [*dense] if isinstance(dense, Mapping) else []  # of a derived row only it tells
     if not isinstance(dense, Mapping) or set(dense) != set(keys) or not all(map(_is_size, dense.values())):
         raise ValueError(f"The config's {KEY}.dense must give the sizes {', '.join(keys)}; it is {dense!r}. {RESTORE}")
     if not isinstance(layers, Mapping) or not all(isinstance(values, Mapping) for values in layers.values()):

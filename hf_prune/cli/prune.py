@@ -123,11 +123,11 @@ def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
 def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningConfig) -> Job:
     from ..data.opening import load_tokenizer
     from ..data.texts import Source, check_reads_text, load_data
-    from ..model.families import family_for
+    from ..model.lookup import family_of
     from ..report.table import console
 
     model = open_model(options)
-    door = family_for(model.config.model_type).as_model_type
+    door = family_of(model).as_model_type
     if options.model_type not in (None, model.config.model_type, door):
         raise ValueError(
             f"--model-type {options.model_type}: {model.config.model_type} weights can be saved as "

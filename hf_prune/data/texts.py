@@ -14,6 +14,7 @@ import torch
 
 from ..model.batches import IGNORE, even_positions
 from ..model.probe import positions
+from ..model.tokens import embeddings
 from ..plan import short
 from ..vocabulary.reading import FORMATS, TEXT_COLUMNS
 from .opening import read_as
@@ -121,9 +122,9 @@ def _check_tokens(model: PreTrainedModel, tokenizer: Any, rows: Rows, name: str)
         raise ValueError(
             f"{name}: {len(empty)} of {len(rows)} texts have no token, row {empty[0] + 1} first. Drop them."
         )
-    table: Any = model.get_input_embeddings()
+    table = next(embeddings(model), None)
     largest = max(max(row["input_ids"]) for row in rows)
-    if largest >= table.num_embeddings:
+    if table is not None and largest >= table.num_embeddings:
         raise ValueError(
             f"The tokenizer gives the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model "
             f"has {table.num_embeddings}: it is another model's. Name the one it was trained with (--tokenizer)."

@@ -275,13 +275,14 @@ def _unreachable(
         units = config.units if shapes == config.shapes else None
         return f"{reachable(anatomy, replace(config, shapes=shapes, units=units), align, measured, wide):.3f}"
 
-    others = ", ".join(f"shapes={shapes!r} {least(shapes)}" for shapes in SHAPES if shapes != config.shapes)
+    other = [shapes for shapes in SHAPES if shapes != config.shapes and shapes in anatomy.family.shapes]
+    others = ", ".join(f"shapes={shapes!r} {least(shapes)}" for shapes in other)
     unit = " ms" if measured else ""
     text = (
         f"keep={config.keep} of the {config.metric} ({config.scope}, dense {dense:.4g}{unit}) cannot be reached with "
         f"units={choose_units(anatomy, config)} and shapes={config.shapes!r}: the least is {least(config.shapes)}"
         f"{''.join(f', with {len(k.kept):,} of {k.of:,} {k.axis}' for k in wide)}. "
-        f"The other shapes reach, with all their units: {others}."
+        + (f"The other shapes reach, with all their units: {others}." if others else "Remove layers or tokens as well.")
     )
     if measured and reachable(anatomy, config, align, measured, wide) > NO_SAVING:
         text += " No count saves time worth the name here; a larger latency_batch_size or sequence_length may."

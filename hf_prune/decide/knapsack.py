@@ -33,6 +33,8 @@ def alike(table: Table) -> Table:
 def knapsack(tables: Sequence[Table], budget: float) -> list[int] | None:
     """One option per table: least total loss with total cost <= budget. None if no choice is within it."""
     budget = budget * (1 + 1e-12)
+    if budget < 0:
+        return None
     reserve = np.cumsum([0.0, *[table.cost.min() for table in reversed(tables)]])[::-1][1:]  # what later tables need
     cost, loss = np.zeros(1), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []

@@ -17,8 +17,10 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
     several, the heads themselves where each has its own or all share one.
 
     Raises:
-        ValueError: units that the stock class cannot express were asked for with stock shapes.
+        ValueError: units that the stock class cannot express were asked for with stock shapes; units or shapes that
+            this model does not have.
     """
+    _check_family(anatomy, config)
     mute = {axis for site in anatomy.sites for axis in site.row.axes if axis.stock == "none"}
     silent = {word for axis in mute for word in (axis.name, axis.alias)} if config.shapes == "stock" else set()
     if config.units is None:
@@ -34,6 +36,21 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
             f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads."
         )
     return list(config.units)
+
+
+def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:
+    family, refused = anatomy.family, dict(anatomy.family.refused)
+    if config.shapes not in family.shapes:
+        raise ValueError(
+            f"shapes={config.shapes!r}: the row of this {anatomy.model_type} was derived from its config, and says "
+            f"{', '.join(family.shapes)} shapes only. Others need a row of hand (see register_family)."
+        )
+    here = {word for site in anatomy.sites for axis in site.row.axes for word in (axis.name, axis.alias)}
+    missing = [unit for unit in config.units or () if unit in refused and unit not in here | {"layers", "tokens"}]
+    if missing:
+        raise ValueError(
+            f"units={config.units}: no {missing[0]} of this {anatomy.model_type} can go: {refused[missing[0]]}."
+        )
 
 
 def asked(axis: Axis, units: Sequence[str]) -> bool:

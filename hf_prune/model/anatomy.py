@@ -5,11 +5,12 @@ Shapes: T tokens, D hidden width, L layers, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .axes import Family, Part
-from .families import family_for
+from .lookup import family_of
 from .outside import image_tokens, other_elements, outside_macs
 from .sites import Extent, Site, Where, consumer, find_sites, find_stacks, output_axis, tensor_of
 from .tokens import params_a_token, token_parts
@@ -69,10 +70,9 @@ def describe(model: PreTrainedModel) -> Anatomy:
         ValueError: unknown family, or a path of its row that does not resolve; adapters; quantised or sharded weights.
     """
     check_model(model)
-    family = family_for(model.config.model_type)
     check_weights(model)
+    family = family_of(model)
     sites = find_sites(model, family)
-    first = consumer(model, sites[0])
     extents = find_stacks(model, family)
     paths = {(e.where[0], i): f"{e.path}.{i}" for e in extents for i in range(e.of)}
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
@@ -84,7 +84,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         family=family,
         sites=tuple(sites),
         extents=(*extents, *_vocabulary(model, family, vocabulary)),
-        hidden_size=first.weight.shape[output_axis(first)],
+        hidden_size=_hidden_size(model, sites),
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
@@ -99,4 +99,14 @@ def describe(model: PreTrainedModel) -> Anatomy:
 
 
 def _vocabulary(model: Any, family: Family, parts: tuple[Part, ...]) -> list[Extent]:
-    return [Extent((), family.tokens, tensor_of(model, parts[0].tensor).shape[0], parts=parts)] if parts else []
+    if not parts or family.tokens is None:
+        return []
+    return [Extent((), family.tokens, tensor_of(model, parts[0].tensor).shape[0], parts=parts)]
+
+
+def _hidden_size(model: Any, sites: Sequence[Site]) -> int:
+    """Outputs of the first consumer; of a model without sites what its config says."""
+    if sites:
+        first = consumer(model, sites[0])
+        return int(first.weight.shape[output_axis(first)])
+    return int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)

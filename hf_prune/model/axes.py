@@ -103,10 +103,14 @@ class Family:
 
     model_type: str
     stacks: tuple[Stack, ...]
-    tokens: Axis = Axis("tokens", "vocab_size")  # of the embeddings, which transformers names (`get_input_embeddings`)
+    tokens: Axis | None = Axis(
+        "tokens", "vocab_size"
+    )  # of the embeddings, which transformers names (`get_input_embeddings`)
     as_model_type: str = ""  # same weights, any head count: the explicit door where `stock` says divisors
     post_norm_unless: str = ""  # config key; the norms stand behind the sum where it is false
     norm_offset: float = 0.0  # norms compute x * (norm_offset + weight)
+    shapes: tuple[str, ...] = ("stock", "uniform", "per_layer")  # in which it can be cut
+    refused: tuple[tuple[str, str], ...] = ()  # units that cannot go, and why
 
 
 # --- how rows are written --------------------------------------------------------------------------------------------

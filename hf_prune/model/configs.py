@@ -69,5 +69,24 @@ def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
             yield key, value
 
 
+STAGES = (
+    "stage_names",
+    "out_features",
+    "out_indices",
+)  # of backbones: a class makes them anew where they are not given
+
+
+def keep_layers_(config: Any, name: str, kept: Sequence[int]) -> None:
+    """Make a config say that only these layers are left of those that a key counts, in all its lists along them."""
+    of = getattr(config, name)
+    for key, values in list(lists_along(config)):
+        if len(values) == of:
+            setattr(config, key, [values[index] for index in kept])
+    setattr(config, name, len(kept))
+    if vars(config).get("stage_names"):
+        rest = {key: value for key, value in config.to_dict().items() if key not in STAGES}
+        vars(config).update({k: v for k, v in vars(type(config).from_dict(rest)).items() if k.strip("_") in STAGES})
+
+
 def _unlike(configs: Any) -> list[Any]:
     return list({id(config): config for config in configs}.values())

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .configs import holder, nested, set_
+from .configs import holder, keep_layers_, nested, raw, set_
 
 Build = Callable[[Any], nn.Module]  # a config -> the model, on the meta device
 NO_SIZE = re.compile(
@@ -52,15 +52,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Shapes of all tensors by name, and numbers that modules keep."""
+    """Shapes of all tensors that are saved, by name, and numbers that modules keep."""
 
     shapes: Mapping[str, tuple[int, ...]]
     attributes: Mapping[str, int]
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return cls({name: tuple(tensor.shape) for name, tensor in tensors}, dict(_numbers(model)))
+        return cls({name: tuple(t.shape) for name, t in model.state_dict().items()}, dict(_numbers(model)))
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -82,13 +81,15 @@ def effects(build: Build, config: Any) -> Iterator[Effect | str]:
 
 def effect(build: Build, config: Any, base: Snapshot, key: str, values: Sequence[int]) -> Effect | str | None:
     """What the first value that builds does to the model. None: nothing. A text: none builds, and why."""
-    reason = ""
-    old = value_of(config, key)
-    for new in values:
+    reason, old = "", raw(config, key)
+    ways = [partial(changed, config, {key: new}) for new in values] + [
+        partial(shortened, config, key, n) for n in values
+    ]
+    for new, way in zip((*values, *values), ways, strict=True):
         try:
-            found = Snapshot.of(build(changed(config, {key: new})))
+            found = Snapshot.of(build(way()))
         except Exception as error:  # whatever a class says of a config that it does not take
-            reason = f"{key}={new}: {type(error).__name__}: {error}".replace("\n", " ")[:160]
+            reason = reason or f"{key}={new}: {type(error).__name__}: {error}".replace("\n", " ")[:160]
             continue
         return _difference(key, old if isinstance(old, int) else 0, new, base, found)
     return reason or None
@@ -134,13 +135,6 @@ def paths(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from paths(value, f"{path}{name}.")
 
 
-def value_of(config: Any, key: str) -> Any:
-    with contextlib.suppress(AttributeError):
-        config, name = holder(config, key)
-        return getattr(config, name, None)
-    return None
-
-
 def changed(config: Any, values: Mapping[str, Any]) -> Any:
     """A copy with other values, built anew so that the class checks them."""
     found = copy.deepcopy(config)
@@ -149,7 +143,15 @@ def changed(config: Any, values: Mapping[str, Any]) -> Any:
     return type(config).from_dict(found.to_dict())
 
 
-# --- keys that a class reads though its config does not have them ------------------------------------------------------
+def shortened(config: Any, key: str, new: int) -> Any:
+    """`changed`, with the lists beside the key that have as many entries cut to the first ones."""
+    found = copy.deepcopy(config)
+    inside, name = holder(found, key)
+    keep_layers_(inside, name, range(new))
+    return type(config).from_dict(found.to_dict())
+
+
+# --- keys that a class reads though its config does not have them -----------------------------------------------------
 
 
 def explicit(build: Build, config: Any) -> tuple[Any, tuple[str, ...]]:
@@ -195,7 +197,3 @@ def silent_keys(build: Build, config: Any) -> list[str]:
         if re.search(r"head|dim|size|width|inner|n_|num", name) and not NO_SIZE.search(name)
     ]
     return list(dict.fromkeys(found))
-
-
-def gcd_of(values: Sequence[int]) -> int:
-    return math.gcd(*values)

@@ -26,6 +26,11 @@ def family_for(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def registered(model_type: str) -> Family | None:
+    """The hand-written or registered row of a model type."""
+    return FAMILIES.get(model_type)
+
+
 def heads(config: str, width: str, stock: Stock = "none", width_config: str = "head_dim", tied: bool = False) -> Axis:
     """Query heads that each have their own keys and values."""
     return Axis("heads", config, stock, width, width_config, alias="kv_groups", tied=tied, mixes=True)

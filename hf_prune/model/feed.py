@@ -124,16 +124,16 @@ def observed(model: PreTrainedModel, feeds: list[Feed]) -> list[torch.Tensor]:
 def _answers(model: PreTrainedModel, feed: Feed) -> list[torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return list(_tensors(getattr(model, feed.method)(**feed.inputs)))
+        return list(tensors(getattr(model, feed.method)(**feed.inputs)))
 
 
-def _tensors(answer: Any) -> Iterator[torch.Tensor]:
+def tensors(answer: Any) -> Iterator[torch.Tensor]:
     if isinstance(answer, torch.Tensor):
         if answer.is_floating_point():
             yield answer
     elif isinstance(answer, dict | list | tuple):
         for part in answer.values() if isinstance(answer, dict) else answer:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _reached(model: PreTrainedModel, feed: Feed) -> set[str]:

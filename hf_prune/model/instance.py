@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_prune.model.feed import feeds
-from hf_prune.model.smaller import candidates, reason_of, small_configs
+from .feed import feeds
+from .smaller import candidates, reason_of, small_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

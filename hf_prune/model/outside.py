@@ -6,9 +6,12 @@ Shapes: T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+
+from .configs import nested
 
 
 def outside_macs(model: Any, layers: list[str], tokens: int | None) -> tuple[float, float]:
@@ -57,12 +60,31 @@ def other_elements(model: nn.Module, path: str, but: set[str]) -> int:
 
 
 def _positions_of(model: Any, convolution: Any) -> int:
-    """Of a convolution over pixels, how often its kernel is applied to one image."""
-    sides = model.config.image_size
-    sides = sides if isinstance(sides, list | tuple) else (sides, sides)
-    patch = model.config.patch_size
-    steps = (max(stride, patch) for stride in convolution.stride)  # what follows the patches sees one row for each
-    return math.prod(side // step for side, step in zip(sides, steps, strict=True))
+    """Of a convolution over pixels, how often its kernel is applied to one image; 0 where the config does not say how
+    large images are (sound has no set length)."""
+    config = _image_config(model)
+    if config is None or not isinstance(convolution, nn.Conv2d):
+        return 0
+    patch = config.patch_size
+    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
+    steps = (
+        max(stride, p) for stride, p in zip(convolution.stride, patches, strict=False)
+    )  # then a row for each patch
+    return math.prod(side // step for side, step in zip(_sides(config), steps, strict=False))
+
+
+def _image_config(model: Any) -> Any:
+    """The config that says how large images and patches are; None where none does."""
+    return next((c for c in nested(model.config) if _is_size(c, "image_size") and _is_size(c, "patch_size")), None)
+
+
+def _is_size(config: Any, key: str) -> bool:
+    return isinstance(vars(config).get(key), int | list | tuple)
+
+
+def _sides(config: Any) -> Sequence[int]:
+    size = config.image_size
+    return size if isinstance(size, list | tuple) else (size, size)
 
 
 def image_tokens(model: Any) -> int | None:
@@ -72,4 +94,9 @@ def image_tokens(model: Any) -> int | None:
     found = [
         p.shape[1] for name, p in model.named_parameters() if name.endswith("position_embeddings") and p.dim() == 3
     ]
-    return found[0]
+    config = _image_config(model)
+    if found or config is None:
+        return found[0] if found else None
+    patch = config.patch_size
+    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return 1 + math.prod(side // p for side, p in zip(_sides(config), patches, strict=False))

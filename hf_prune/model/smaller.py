@@ -6,6 +6,7 @@ value. What a key sizes is for others to find out, so sizes differ from one anot
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def candidates(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig | No
     """Each small config, or None and the reason that its class gives for refusing it."""
     for sizes in SIZES:
         try:
-            yield _smaller(config, sizes), ""
+            yield _smaller(copy.deepcopy(config), sizes), ""  # a class may write into the sub-configs that it is given
         except Exception as error:  # a class may refuse a combination with any error
             yield None, reason_of(error)
 

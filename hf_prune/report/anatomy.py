@@ -101,7 +101,7 @@ def stock_note(anatomy: Anatomy) -> str:
 def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[Row]:
     """The least `keep` per shapes, for both metrics."""
     rows: list[Row] = []
-    for shapes in SHAPES:
+    for shapes in (shapes for shapes in SHAPES if shapes in anatomy.family.shapes):
         row: dict[str, str] = {"shapes": shapes}
         for metric in ("macs", "params"):
             config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)

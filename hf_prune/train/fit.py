@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import DistillationConfig
-from ..model.families import family_for
+from ..model.lookup import family_of
 from ..model.sites import find_sites
 from ..score.losses import has_head, is_causal_lm
 from .distill import layer_map
@@ -101,7 +101,7 @@ def _check_depth(student: PreTrainedModel, teacher: PreTrainedModel, config: Dis
 
 def _depths(model: PreTrainedModel) -> dict[str, int]:
     """How many layers each stack has."""
-    layers = {(site.stack, site.layer) for site in find_sites(model, family_for(model.config.model_type))}
+    layers = {(site.stack, site.layer) for site in find_sites(model, family_of(model))}
     return Counter(stack for stack, _ in layers)
 
 

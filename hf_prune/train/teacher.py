@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config import DistillationConfig
 from ..model.batches import Batch, forward_inputs, prepare, token_mask
-from ..model.families import family_for
+from ..model.lookup import family_of
 from ..model.sites import consumer, find_sites
 from ..model.weights import quiet
 from ..plan import Where
@@ -174,7 +174,7 @@ def watched(model: PreTrainedModel, hidden: bool, attention: bool) -> Iterator[d
 
         return hook
 
-    sites = find_sites(model, family_for(model.config.model_type)) if hidden or attention else []
+    sites = find_sites(model, family_of(model)) if hidden or attention else []
     layers = {(site.stack, site.layer, HIDDEN): model.get_submodule(site.path) for site in sites if hidden}
     sublayers = {site.key: consumer(model, site) for site in sites if attention and site.inner.mixes}
     handles = [module.register_forward_hook(keep(key)) for key, module in (layers | sublayers).items()]

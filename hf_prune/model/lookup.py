@@ -1,0 +1,158 @@
+"""The row of any model: a hand-written or registered one, else one that is derived from its config and proven.
+
+What is proven is remembered for the class and its small config, as long as the process lives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from . import derive, prove
+from .axes import Axis, Family, Stack
+from .configs import raw
+from .effects import Effect, Snapshot, effects, explicit
+from .families import registered
+from .feed import feeds
+from .instance import build, instance, quiet, randomize_
+from .sites import find_sites
+from .tokens import token_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KNOWN: dict[tuple[type, str], Family | str] = {}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The row of a model.
+
+    Raises:
+        ValueError: there is none, and none can be derived; the message says why and how to add one.
+    """
+    row = registered(model.config.model_type)
+    return row if row is not None else _fitting(model, derived(type(model), model.config))
+
+
+def _fitting(model: Any, family: Family) -> Family:
+    """What of a derived row is true of the whole model too: its sizes are those that the keys say."""
+    wrong: dict[str, str] = {}
+    stacks = []
+    for stack in family.stacks:
+        rows = []
+        for row in stack.sublayers:
+            try:
+                sites = find_sites(model, replace(family, stacks=(replace(stack, sublayers=(row,)),)))
+                said = {axis.config: raw(model.config, axis.config) for axis in row.axes}
+                odd = [s.name for s in sites if any(said[a.config] not in (None, s.sizes[a.name]) for a in s.row.axes)]
+            except ValueError as error:
+                odd = [str(error)]
+            if odd:
+                wrong[row.axes[-1].name] = f"{odd[0]} has other sizes than {' and '.join(said)} says"
+            else:
+                rows.append(row)
+        stacks.append(replace(stack, sublayers=tuple(rows)))
+    return replace(family, stacks=tuple(stacks), refused=(*wrong.items(), *family.refused))
+
+
+def derived(cls: type, config: Any) -> Family:
+    """The row that a class and a config tell by themselves, proven on a small instance.
+
+    Raises:
+        ValueError: no small instance runs, or nothing is proven.
+    """
+    with quiet():
+        model = instance(config, cls.__name__)
+        key = (cls, json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+        if key not in _KNOWN:
+            _KNOWN[key] = derivation(model).family
+    found = _KNOWN[key]
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+@dataclass
+class Derivation:
+    """What was found of a model: the row, and why each other unit is not in it."""
+
+    family: Family
+    class_name: str
+    proven: dict[str, list[str]] = field(default_factory=dict)  # units -> keys that size them
+    refused: dict[str, list[str]] = field(default_factory=dict)  # units -> reasons
+
+
+def derivation(model: Any) -> Derivation:
+    """Read the row off a small instance, and prove it there."""
+    cls = type(model)
+
+    def on_meta(config: Any) -> Any:
+        return build(cls, config, "meta", model.dtype)
+
+    config, added = explicit(on_meta, model.config)
+    if added:
+        model = build(cls, config, dtype=model.dtype)
+        randomize_(model)
+    found = list(effects(on_meta, config))
+    reading = _reading(on_meta(config), [e for e in found if isinstance(e, Effect)], added)
+    for reason in (e for e in found if isinstance(e, str)):
+        reading.refuse("keys", reason)
+    subject = prove.Subject(model, feeds(model))
+    stacks = derive.stacks(reading)
+    result = Derivation(Family(model.config.model_type, ()), cls.__name__, refused=reading.refused)
+    rows = _units(subject, reading, stacks, result)
+    whole = [_layers(subject, replace(stack, sublayers=tuple(rows.get(stack.name, ()))), result) for stack in stacks]
+    tokens = _tokens(subject, reading, result)
+    kept = tuple(stack for stack in whole if stack.sublayers or stack.axis.config)
+    refused = tuple((word, reasons[0]) for word, reasons in result.refused.items() if word not in result.proven)
+    result.family = Family(model.config.model_type, kept, tokens=tokens, shapes=("stock",), refused=refused)
+    return result
+
+
+def _reading(model: Any, found: Sequence[Effect], added: Sequence[str]) -> derive.Reading:
+    base = next((f"{name}." for name, m in model.named_modules() if name and m is model.base_model), "")
+    return derive.Reading(model, Snapshot.of(model), found, added, base)
+
+
+def _units(
+    subject: prove.Subject, reading: derive.Reading, stacks: Sequence[Stack], result: Derivation
+) -> dict[str, list[Any]]:
+    """The proven sublayers by stack."""
+    rows: dict[str, list[Any]] = {}
+    for candidate in derive.candidates(reading, stacks):
+        reason = ""
+        for alternative in candidate.alternatives():
+            reason = prove.units(subject, alternative)
+            if not reason:
+                for stack in alternative:
+                    rows.setdefault(stack.name, []).extend(stack.sublayers)
+                result.proven.setdefault(candidate.word, []).append(candidate.keys[-1])
+                break
+        if reason:
+            result.refused.setdefault(candidate.word, []).append(f"{' and '.join(candidate.keys)}: {reason}")
+    return rows
+
+
+def _layers(subject: prove.Subject, stack: Stack, result: Derivation) -> Stack:
+    """The stack, whose layers can go if that is proven."""
+    fixed, reason = prove.layers(subject, stack) if stack.axis.config else ((), "no key counts them")
+    if reason:
+        result.refused.setdefault("layers", []).append(f"{stack.layers}: {reason}")
+        return replace(stack, axis=Axis("layers", "", "none"))
+    result.proven.setdefault("layers", []).append(stack.axis.config)
+    return replace(stack, axis=replace(stack.axis, fixed=fixed))
+
+
+def _tokens(subject: prove.Subject, reading: derive.Reading, result: Derivation) -> Axis | None:
+    """The vocabulary, if a smaller one is proven."""
+    rows = {(part.tensor, part.dim) for part in token_parts(subject.model, [])}
+    keys = [effect.key for effect in reading.effects if rows & effect.shapes.keys()]
+    for key in keys:
+        reason = prove.tokens(subject, key)
+        if not reason:
+            result.proven["tokens"] = [key]
+            return Axis("tokens", key)
+        result.refused.setdefault("tokens", []).append(f"{key}: {reason}")
+    return None

@@ -1,0 +1,234 @@
+"""Whether a row is true, on a small instance in float64: cut = masked = built anew from the smaller config.
+
+A mask that changes nothing proves nothing: every matrix that is sliced must matter to the outputs that are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .axes import Axis, Family, Part, Stack
+from .configs import set_
+from .cut import cut_, index_of
+from .depth import drop_layers_
+from .effects import changed
+from .embeddings import cut_tokens_
+from .feed import FIRST_ID, Feed, observed, tensors
+from .instance import build
+from .silence import skipped, zeroed
+from .sites import Extent, Site, find_sites, find_stacks, tensor_of
+from .tokens import token_parts
+
+EXACT, ROUNDED = 1e-6, 3e-4  # of the largest output, in float64 and in float32
+MATTERS = 10  # times the tolerance: the least that what is masked must change
+
+Outputs = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A small model with inputs, and how it is built again from another config."""
+
+    model: Any
+    feeds: Sequence[Feed]
+
+    @cached_property
+    def dense(self) -> Outputs:
+        return observed(self.model, list(self.feeds))
+
+    @cached_property
+    def slopes(self) -> dict[str, torch.Tensor]:
+        """Of every parameter, how much the outputs depend on each of its elements."""
+        ends = []
+        for feed in self.feeds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                ends.append(_weighed(getattr(self.model, feed.method)(**feed.inputs)))
+        named = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        unlike = list({id(p): p for p in named.values()}.values())
+        found = torch.autograd.grad(sum(ends), unlike, allow_unused=True)  # type: ignore[arg-type]
+        by_id = {id(p): g for p, g in zip(unlike, found, strict=True)}
+        return {n: torch.zeros_like(p) if by_id[id(p)] is None else by_id[id(p)] for n, p in named.items()}
+
+    @property
+    def tolerance(self) -> float:
+        return EXACT if self.model.dtype == torch.float64 else ROUNDED
+
+    def built(self, config: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+        """A model of another config, with these weights.
+
+        Raises:
+            RuntimeError: they do not fit.
+        """
+        model = build(type(self.model), config, dtype=self.model.dtype)
+        model.load_state_dict(weights)
+        return model
+
+
+def _weighed(output: Any) -> torch.Tensor:
+    """A sum of all outputs with weights that cancel nothing."""
+    total: Any = 0.0
+    for number, tensor in enumerate(tensors(output)):
+        if tensor.requires_grad:
+            weights = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)).to(tensor)
+            total = total + (tensor * weights).sum()
+    return total
+
+
+def distance(a: Outputs, b: Outputs) -> float:
+    """The largest difference, where 1 is the largest output of that kind."""
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return float("inf")
+    gaps = ((x - y).abs().max() / y.abs().max().clamp_min(1e-30) for x, y in zip(a, b, strict=True) if x.numel())
+    return max((float(gap) for gap in gaps), default=0.0)
+
+
+def units(subject: Subject, stacks: Sequence[Stack]) -> str:
+    """Why the sublayers of stacks, all sized by the same keys, are not proven; "" where they are."""
+    try:
+        sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
+        values = _smaller(sites)
+        kept = {site.key: _some(site, values) for site in sites}
+        return _unmoved(subject, sites) or _differs(subject, sites, values, kept)
+    except Exception as error:  # a wrong row fails in many ways
+        return _short(error)
+
+
+def _smaller(sites: Sequence[Site]) -> dict[str, int]:
+    """A smaller size for each key: half of the outer units, with all that they hold."""
+    site = sites[0]
+    groups = max(1, site.sizes[site.outer.name] // 2)
+    counts = site.counts(groups, site.share)
+    return {axis.config: counts[axis.name] for axis in site.row.axes}
+
+
+def _some(site: Site, values: Mapping[str, int]) -> list[int]:
+    """Units of the outer axis that stay: others in every site."""
+    of, count = site.sizes[site.outer.name], values[site.outer.config]
+    key = "all" if site.inner.tied else site.name
+    return sorted(random.Random(key).sample(range(of), count))
+
+
+def _unmoved(subject: Subject, sites: Sequence[Site]) -> str:
+    """A sliced tensor that the outputs do not depend on."""
+    for site in sites:
+        for part in site.parts:
+            slope = subject.slopes.get(f"{site.path}.{part.tensor}")
+            if part.role != "carries" and slope is not None and not slope.any():
+                return f"the outputs do not depend on {site.path}.{part.tensor}"
+    return ""
+
+
+def _differs(
+    subject: Subject, sites: Sequence[Site], values: Mapping[str, int], kept: Mapping[Any, Sequence[int]]
+) -> str:
+    masked = _masked(subject, sites, kept)
+    if distance(masked, subject.dense) < MATTERS * subject.tolerance:
+        return "the outputs do not depend on these units"
+    small = copy.deepcopy(subject.model)
+    for site in sites:
+        cut_(small.get_submodule(site.path), site, site.outer.name, kept[site.key])
+    values = dict(values) | {
+        axis.width_config: site.widths[axis.name] for site in sites for axis in site.row.axes if axis.width_config
+    }
+    config = changed(subject.model.config, values)
+    for key, value in values.items():
+        set_(small.config, key, value)
+    return _reason(subject, small, config, masked)
+
+
+def _masked(subject: Subject, sites: Sequence[Site], kept: Mapping[Any, Sequence[int]]) -> Outputs:
+    with ExitStack() as stack:
+        for site in sites:
+            left = site.expand(site.outer.name, kept[site.key])
+            for part in (part for part in site.parts if part.role == "reads"):
+                index = index_of(part, left, site.sizes, site.widths)
+                stack.enter_context(zeroed(subject.model.get_submodule(site.path), part.tensor, index, part.dim))
+        return observed(subject.model, list(subject.feeds))
+
+
+# --- layers and tokens -----------------------------------------------------------------------------------------------
+
+
+def layers(subject: Subject, stack: Stack) -> tuple[tuple[int, ...], str]:
+    """The layers of a stack that must stay, and why the others are not proven to be able to go; "" where they are."""
+    extent = find_stacks(subject.model, Family(subject.model.config.model_type, (stack,)))[0]
+    reasons = {gone: _without(subject, extent, gone) for gone in range(extent.of)}
+    fixed = tuple(gone for gone, reason in reasons.items() if reason)
+    if fixed in ((), (0,)) and extent.of > 1:
+        return fixed, ""
+    return (), reasons[fixed[-1]] if fixed else "it is the only layer"
+
+
+def _without(subject: Subject, extent: Extent, gone: int) -> str:
+    """Why the model without a layer is not proven."""
+    kept = [index for index in range(extent.of) if index != gone]
+    try:
+        with skipped(subject.model.get_submodule(f"{extent.path}.{gone}")):
+            masked = observed(subject.model, list(subject.feeds))
+        if distance(masked, subject.dense) < MATTERS * subject.tolerance:
+            return f"the outputs do not depend on layer {gone}"
+        small = copy.deepcopy(subject.model)
+        drop_layers_(small, extent, kept)
+        return _reason(subject, small, small.config, masked)
+    except Exception as error:
+        return _short(error)
+
+
+def tokens(subject: Subject, key: str) -> str:
+    """Why a smaller vocabulary is not proven; "" where it is."""
+    try:
+        parts = token_parts(subject.model, [])
+        rows = tensor_of(subject.model, parts[0].tensor).shape[parts[0].dim] if parts else 0
+        ids = {
+            int(i)
+            for feed in subject.feeds
+            for n, x in feed.inputs.items()
+            if n.endswith("input_ids")
+            for i in x.unique()
+        }
+        kept = sorted({*range(FIRST_ID), *ids})
+        if not ids or len(kept) >= rows:
+            return "no inputs of the small instance are tokens of this vocabulary"
+        small = copy.deepcopy(subject.model)
+        cut_tokens_(small, Extent((), Axis("tokens", key), rows, parts=parts), kept)
+        set_(small.config, key, len(kept))
+        new = {old: index for index, old in enumerate(kept)}
+        feeds = [replace(f, inputs={n: _renamed(n, x, new) for n, x in f.inputs.items()}) for f in subject.feeds]
+        wanted = [x[..., kept] if x.shape[-1:] == (rows,) else x for x in subject.dense]
+        return _unmoved_rows(subject, parts) or _reason(
+            replace(subject, feeds=feeds), small, changed(small.config, {}), wanted
+        )
+    except Exception as error:
+        return _short(error)
+
+
+def _renamed(name: str, value: torch.Tensor, new: Mapping[int, int]) -> torch.Tensor:
+    return value.clone().apply_(lambda i: new[i]) if name.endswith("input_ids") else value
+
+
+def _unmoved_rows(subject: Subject, parts: Sequence[Part]) -> str:
+    still = [p.tensor for p in parts if p.tensor in subject.slopes and not subject.slopes[p.tensor].any()]
+    return f"the outputs do not depend on {still[0]}" if still else ""
+
+
+def _reason(subject: Subject, small: Any, config: Any, wanted: Outputs) -> str:
+    """Why a cut model, and the one that is built anew from its config, do not give what is wanted."""
+    feeds = list(subject.feeds)
+    gap = distance(observed(small, feeds), wanted)
+    if gap > subject.tolerance:
+        return f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
+    gap = distance(observed(subject.built(config, small.state_dict()), feeds), wanted)
+    return f"built anew, the outputs differ from the masked ones by {gap:.1e}" if gap > subject.tolerance else ""
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
