@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,8 +51,82 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2, "forced_eos_token_id": None, **TOKENS,
     },
 }  # fmt: skip
+ROBERTA = {**ENCODER, "pad_token_id": 0}
+PICTURES = CONFIGS["vit"]
+HEAD_DIM = {**GROUPED, "head_dim": 16}
+MHA = {**BASE, **TOKENS, "max_position_embeddings": 64}
+BART = CONFIGS["bart"]
+EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2}
+LINEAR = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+WINDOWS = {
+    "num_hidden_layers": 6, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+WINDOWED = {**GROUPED, **WINDOWS}
+CONFIGS |= {
+    **dict.fromkeys(("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"), ROBERTA),
+    **dict.fromkeys(("ernie", "bert-generation", "megatron-bert", "layoutlm", "splinter", "deberta", "mpnet"), ENCODER),
+    "rembert": {**ENCODER, "input_embedding_size": 16, "output_embedding_size": 24},
+    "roc_bert": {
+        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 99,
+        "shape_vocab_size": 99,
+    },
+    "roformer": {**ENCODER, "embedding_size": 32},
+    "markuplm": {**ENCODER, "xpath_unit_hidden_size": 4, "max_depth": 4},
+    "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": {
+        **MHA, "num_hidden_layers": 6, "local_attention": 8, "layer_types": WINDOWS["layer_types"], "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    "nomic_bert": {**ENCODER, "head_dim": 8, "pad_token_id": 0},
+    "eurobert": GROUPED,
+    "biogpt": MHA,
+    "xglm": {
+        "vocab_size": 99, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+        "max_position_embeddings": 64, **TOKENS,
+    },
+    **dict.fromkeys(("granite", "smollm3", "olmo", "cohere", "stablelm", "arcee", "apertus", "jais2"), GROUPED),
+    **dict.fromkeys(("starcoder2", "phi", "nanochat", "olmo2"), GROUPED),
+    **dict.fromkeys(("seed_oss", "ernie4_5", "hunyuan_v1_dense", "gemma", "nemotron", "glm", "glm4"), HEAD_DIM),
+    **dict.fromkeys(("cohere2", "exaone4", "olmo3"), WINDOWED),
+    **dict.fromkeys(("ministral", "ministral3", "cwm"), HEAD_DIM),
+    "helium": {**GROUPED, "head_dim": 8},
+    "gpt_neox": MHA,
+    "gptj": {**CONFIGS["gpt2"], "rotary_dim": 4},
+    "codegen": {**CONFIGS["gpt2"], "rotary_dim": 4},
+    "gpt_bigcode": CONFIGS["gpt2"],
+    "falcon": {**MHA, "ffn_hidden_size": 48},
+    "bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1]},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {
+        **EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1,
+    },
+    "gpt_oss": {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS},
+    "deepseek_v3": {
+        **GROUPED, "num_hidden_layers": 3, "moe_intermediate_size": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "kv_lora_rank": 8,
+        "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "qwen3_5_text": {**HEAD_DIM, **HYBRID, **LINEAR},
+    "qwen3_next": {
+        **EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1],
+    },
+    "lfm2": {
+        **GROUPED, "num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2,
+        "block_auto_adjust_ff_dim": False,
+    },
+    **dict.fromkeys(("mt5", "umt5"), CONFIGS["t5"]),
+    **dict.fromkeys(("marian", "blenderbot-small", "plbart", "mvp", "mbart", "pegasus", "m2m_100", "blenderbot"), BART),
+    **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa"), PICTURES),
+}  # fmt: skip
 
-CLASSES: dict[str, tuple[str, ...]] = {
+ALL_CLASSES: dict[str, tuple[str, ...]] = {
     "bert": (
         "BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM",
     ),
@@ -72,9 +148,105 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "BartForConditionalGeneration", "BartForSequenceClassification", "BartForQuestionAnswering", "BartForCausalLM",
     ),
 }  # fmt: skip
+ALL_CLASSES |= {
+    "xlm-roberta": ("XLMRobertaForSequenceClassification",),
+    "camembert": ("CamembertForSequenceClassification",),
+    "data2vec-text": ("Data2VecTextForSequenceClassification",),
+    "ernie": ("ErnieForSequenceClassification",),
+    "bert-generation": ("BertGenerationEncoder",),
+    "layoutlm": ("LayoutLMForSequenceClassification",),
+    "rembert": ("RemBertForSequenceClassification",),
+    "roc_bert": ("RoCBertForSequenceClassification",),
+    "roformer": ("RoFormerForSequenceClassification",),
+    "splinter": ("SplinterModel",),
+    "markuplm": ("MarkupLMForSequenceClassification",),
+    "xlm-roberta-xl": ("XLMRobertaXLForSequenceClassification",),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForSequenceClassification",),
+    "megatron-bert": ("MegatronBertForSequenceClassification",),
+    "deberta-v2": ("DebertaV2ForSequenceClassification",),
+    "deberta": ("DebertaForSequenceClassification",),
+    "mpnet": ("MPNetForSequenceClassification",),
+    "modernbert": ("ModernBertForSequenceClassification",),
+    "nomic_bert": ("NomicBertForSequenceClassification",),
+    "eurobert": ("EuroBertForSequenceClassification",),
+    "biogpt": ("BioGptForCausalLM",),
+    "xglm": ("XGLMForCausalLM",),
+    "granite": ("GraniteForCausalLM",),
+    "smollm3": ("SmolLM3ForCausalLM",),
+    "olmo": ("OlmoForCausalLM",),
+    "cohere": ("CohereForCausalLM",),
+    "cohere2": ("Cohere2ForCausalLM",),
+    "helium": ("HeliumForCausalLM",),
+    "seed_oss": ("SeedOssForCausalLM",),
+    "ernie4_5": ("Ernie4_5ForCausalLM",),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM",),
+    "ministral": ("MinistralForCausalLM",),
+    "ministral3": ("Ministral3ForCausalLM",),
+    "stablelm": ("StableLmForCausalLM",),
+    "cwm": ("CwmForCausalLM",),
+    "gemma": ("GemmaForCausalLM",),
+    "exaone4": ("Exaone4ForCausalLM",),
+    "glm": ("GlmForCausalLM",),
+    "glm4": ("Glm4ForCausalLM",),
+    "arcee": ("ArceeForCausalLM",),
+    "apertus": ("ApertusForCausalLM",),
+    "nemotron": ("NemotronForCausalLM",),
+    "jais2": ("Jais2ForCausalLM",),
+    "starcoder2": ("Starcoder2ForCausalLM",),
+    "nanochat": ("NanoChatForCausalLM",),
+    "phi": ("PhiForCausalLM",),
+    "gpt_neox": ("GPTNeoXForCausalLM",),
+    "gptj": ("GPTJForCausalLM",),
+    "falcon": ("FalconForCausalLM",),
+    "codegen": ("CodeGenForCausalLM",),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM",),
+    "bloom": ("BloomForCausalLM",),
+    "olmo2": ("Olmo2ForCausalLM",),
+    "olmo3": ("Olmo3ForCausalLM",),
+    "mixtral": ("MixtralForCausalLM",),
+    "qwen2_moe": ("Qwen2MoeForCausalLM",),
+    "qwen3_moe": ("Qwen3MoeForCausalLM",),
+    "glm4_moe": ("Glm4MoeForCausalLM",),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM",),
+    "gpt_oss": ("GptOssForCausalLM",),
+    "deepseek_v3": ("DeepseekV3ForCausalLM",),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM",),
+    "qwen3_next": ("Qwen3NextForCausalLM",),
+    "lfm2": ("Lfm2ForCausalLM",),
+    "mt5": ("MT5ForConditionalGeneration",),
+    "umt5": ("UMT5ForConditionalGeneration",),
+    "marian": ("MarianMTModel",),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration",),
+    "plbart": ("PLBartForConditionalGeneration",),
+    "mvp": ("MvpForConditionalGeneration",),
+    "mbart": ("MBartForConditionalGeneration",),
+    "pegasus": ("PegasusForConditionalGeneration",),
+    "m2m_100": ("M2M100ForConditionalGeneration",),
+    "blenderbot": ("BlenderbotForConditionalGeneration",),
+    "deit": ("DeiTForImageClassification",),
+    "vit_mae": ("ViTMAEModel",),
+    "vit_msn": ("ViTMSNForImageClassification",),
+    "ijepa": ("IJepaForImageClassification",),
+}
+GENERIC = sorted(CONFIGS)
 
-FAMILY_NAMES = sorted(CONFIGS)
-FAMILY_OF = {name: family for family, names in CLASSES.items() for name in names}
+CORE = ("bert", "distilbert", "gpt2", "llama", "gemma3_text", "phi3", "t5", "bart", "vit")  # one of each kind
+A_DAY = 2  # of the others
+
+
+def todays(date: datetime.date, asked: str = "") -> list[str]:
+    """The families that the generic tests run on: those of `CORE` and a few others, that change from day to day; all
+    with HF_PRUNE_FAMILIES=all, or those that it lists."""
+    if asked:
+        return sorted(GENERIC) if asked == "all" else asked.split(",")
+    others = sorted(set(GENERIC) - {*CORE})
+    first = date.toordinal() * A_DAY
+    return sorted({*CORE, *(others[(first + i) % len(others)] for i in range(A_DAY))})
+
+
+FAMILY_NAMES = todays(datetime.date.today(), os.environ.get("HF_PRUNE_FAMILIES", ""))
+CLASSES = {family: ALL_CLASSES[family] for family in FAMILY_NAMES}
+FAMILY_OF = {name: family for family, names in ALL_CLASSES.items() for name in names}
 EVERY_CLASS = [(family, name) for family in FAMILY_NAMES for name in CLASSES[family]]
 
 
@@ -82,10 +254,12 @@ def tiny_model(family: str, class_name: str | None = None, seed: int = 0, **chan
     """A randomly initialised model with weights large enough that every unit matters, in evaluation mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**CONFIGS[family], **changes})
-    model = getattr(transformers, class_name or CLASSES[family][0])(config)
+    model = getattr(transformers, class_name or ALL_CLASSES[family][0])(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
+            if not parameter.requires_grad:
+                continue  # sines of positions, which no checkpoint holds
             if parameter.dim() > 1:
                 parameter.copy_(noise * 0.15)
             else:
@@ -102,8 +276,10 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         return torch.randint(5, 99, (rows, columns), generator=generator)
 
     if model.main_input_name == "pixel_values":
-        pixels = torch.randn(batch, 3, 16, 16, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
+        inputs = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+        if config.model_type == "vit_mae":  # which patches it sees
+            inputs["noise"] = torch.rand(batch, 16, generator=generator)
+        return {**inputs, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
     inputs = {"input_ids": ids(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
     if padded:
         inputs["attention_mask"][batch // 2 :, length - 4 :] = 0
@@ -121,7 +297,7 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         inputs["labels"] = torch.randint(config.num_labels, (batch, length), generator=generator).masked_fill(
             ~real, -100
         )
-    elif "ForConditionalGeneration" in name:
+    elif "ForConditionalGeneration" in name or "MTModel" in name:
         inputs["labels"] = ids(batch, length - 3)
         inputs["labels"][batch // 2 :, -2:] = -100
     elif "MaskedLM" in name or "LM" in name:

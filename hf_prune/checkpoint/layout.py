@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..model.axes import Family
@@ -98,16 +99,27 @@ def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None
 
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The plainest form that can say these sizes, and what the entry needs besides."""
-    if not _is_uniform(sites):
+    if not (_is_uniform(sites) and _accepts(config, sites)):
         if tells_layers(config, family):
             return "per_layer", {}
         return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
-    cut = [(site, axis) for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]]
-    stock = {axis.stock for _, axis in cut}
-    if "none" in stock:
-        return "uniform", {}
-    divides = all(config.hidden_size % site.sizes[axis.name] == 0 for site, axis in cut if axis.stock == "divisors")
-    return "stock" if divides else "per_layer", {}  # the config class refuses other global head counts
+    cut = {axis.stock for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]}
+    return "uniform" if "none" in cut else "stock", {}
+
+
+def _accepts(config: Any, sites: list[Site]) -> bool:
+    """Whether the config class takes these sizes for all layers: some only take head counts that divide the width."""
+    told = copy.deepcopy(config)
+    told.per_layer_config = None
+    for site in sites:
+        for key, value in site_values(site).items():
+            set_(told, key, value)
+    try:
+        for each in nested(told):
+            each.validate()
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def tells_layers(config: Any, family: Family) -> bool:

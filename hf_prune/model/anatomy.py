@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .axes import Axis, Family, Part
 from .families import family_for
 from .outside import image_tokens, other_elements, outside_macs
-from .sites import Site, Where, consumer, find_sites, live_stacks, output_axis, tensor_of
+from .sites import Site, Where, find_sites, live_stacks, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
 
@@ -83,7 +83,6 @@ def describe(model: PreTrainedModel) -> Anatomy:
     family = family_for(model.config.model_type)
     check_weights(model)
     sites = find_sites(model, family)
-    first = consumer(model, sites[0])
     extents = _extents(model, family)
     paths = {(e.where[0], i): f"{e.path}.{i}" for e in extents for i in range(e.of)}
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
@@ -95,7 +94,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         family=family,
         sites=tuple(sites),
         extents=(*extents, *_vocabulary(model, family, vocabulary)),
-        hidden_size=first.weight.shape[output_axis(first)],
+        hidden_size=sites[0].hidden if sites else model.config.get_text_config().hidden_size,
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),

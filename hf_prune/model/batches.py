@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORE = -100
+SHIFT = "prepare_decoder_input_ids_from_labels"  # method of most models with an encoder and a language model
 TARGETS = ("labels", "start_positions", "end_positions")
 LABEL_NAMES = {"label": "labels", "label_ids": "labels"}  # which transformers' collators rename, too
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
@@ -216,12 +217,23 @@ def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tenso
             raise ValueError(
                 f"{type(model).__name__} needs labels or decoder_input_ids in every batch; found {sorted(batch)}."
             )
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=targets["labels"])
+        inputs["decoder_input_ids"] = _shifted(model, targets["labels"])
     return Batch(inputs, targets, held_out.to(model.device))
 
 
 def _is_seq2seq_lm(model: Any) -> bool:
-    return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
+    predicts = hasattr(model, SHIFT) or model.get_output_embeddings() is not None
+    return bool(model.config.is_encoder_decoder) and predicts
+
+
+def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads for these labels: those before them. Not every class has a method for it."""
+    if hasattr(model, SHIFT):
+        ids: torch.Tensor = getattr(model, SHIFT)(labels=labels)
+        return ids
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    before = torch.cat([start, labels[:, :-1]], 1)
+    return before.masked_fill(before == IGNORE, model.config.pad_token_id)
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:

@@ -13,6 +13,11 @@ from .anatomy import Anatomy, Extent
 from .configs import holder
 
 ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
+NUMBERS = ("mlp_only_layers",)  # keys of lists of layers' numbers
+BOUNDS = {  # keys of the number of the first layer of another sort, or (1) of the last
+    "first_k_dense_replace": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1,
+}  # fmt: skip
+PERIODS = ("decoder_sparse_step", "moe_layer_interval")  # keys that make every n-th layer another sort
 BY_NUMBER = ("out_indices", "out_features", "scale_attn_by_inverse_layer_idx")  # keys by which layers are told apart
 
 
@@ -24,6 +29,12 @@ def check_droppable(model: Any, anatomy: Anatomy) -> None:
         raise ValueError(
             f"units=['layers']: {numbered[0]}={getattr(config, numbered[0])!r} of this {anatomy.model_type} reads "
             "layers by their numbers, which a cut would change. Remove other units."
+        )
+    periodic = [key for key in PERIODS if (getattr(config, key, None) or 1) > 1]
+    if periodic:
+        raise ValueError(
+            f"units=['layers']: {periodic[0]}={getattr(config, periodic[0])} of this {anatomy.model_type} says by "
+            "their numbers which layers have experts, which a cut would change. Remove other units."
         )
     lengths = {extent.of for extent in anatomy.extents if extent.path}
     for key, values in lists_along(config):
@@ -37,7 +48,7 @@ def check_droppable(model: Any, anatomy: Anatomy) -> None:
 def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
     """The config's lists with an entry for each layer."""
     for key, value in list(config.__dict__.items()):
-        if isinstance(value, list | tuple) and ALONG.search(key):
+        if isinstance(value, list | tuple) and ALONG.search(key) and key not in NUMBERS:
             yield key, value
 
 
@@ -69,6 +80,12 @@ def _write_(config: Any, extent: Extent, name: str, kept: Sequence[int]) -> None
     for key, values in lists_along(config):
         if len(values) == extent.of:
             setattr(config, key, [values[index] for index in kept])
+    for key in NUMBERS:
+        if numbers := getattr(config, key, None):
+            setattr(config, key, [new for new, old in enumerate(kept) if old in numbers])
+    for key, last in BOUNDS.items():
+        if (bound := getattr(config, key, None)) is not None:
+            setattr(config, key, sum(old < bound + last for old in kept) - last)
     setattr(config, name, len(kept))
 
 

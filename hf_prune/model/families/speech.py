@@ -1,0 +1,5 @@
+"""Models of sound."""
+
+from __future__ import annotations
+
+SPEECH = ()
