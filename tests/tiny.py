@@ -56,6 +56,12 @@ PICTURES = CONFIGS["vit"]
 HEAD_DIM = {**GROUPED, "head_dim": 16}
 MHA = {**BASE, **TOKENS, "max_position_embeddings": 64}
 BART = CONFIGS["bart"]
+TOWERS = {"text_config": MHA, "vision_config": PICTURES}
+NO_WIDTH = {key: value for key, value in PICTURES.items() if key != "intermediate_size"}
+SOUND = {
+    **BASE, "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "pad_token_id": 0,
+}  # fmt: skip
 EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HYBRID = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2}
 LINEAR = {
@@ -123,7 +129,23 @@ CONFIGS |= {
     },
     **dict.fromkeys(("mt5", "umt5"), CONFIGS["t5"]),
     **dict.fromkeys(("marian", "blenderbot-small", "plbart", "mvp", "mbart", "pegasus", "m2m_100", "blenderbot"), BART),
-    **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa"), PICTURES),
+    **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa", "dinov3_vit", "data2vec-vision"), PICTURES),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), PICTURES),
+    **dict.fromkeys(("clip_text_model", "siglip_text_model", "siglip2_text_model"), MHA),
+    **dict.fromkeys(("clip", "siglip"), TOWERS),
+    "siglip2": {"text_config": MHA, "vision_config": {**PICTURES, "num_patches": 16}},
+    "beit": {**PICTURES, "use_relative_position_bias": True},
+    "yolos": {**PICTURES, "image_size": [16, 16], "num_detection_tokens": 4, "use_mid_position_embeddings": False},
+    "audio-spectrogram-transformer": {
+        **PICTURES, "max_length": 16, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4,
+    },
+    "dinov2": {**NO_WIDTH, "mlp_ratio": 2},
+    "dinov2_with_registers": {**NO_WIDTH, "mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 2},
+    **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio"), SOUND),
+    "whisper": {
+        **BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64, "suppress_tokens": None,
+        "begin_suppress_tokens": None, "forced_decoder_ids": None,
+    },
 }  # fmt: skip
 
 ALL_CLASSES: dict[str, tuple[str, ...]] = {
@@ -227,6 +249,28 @@ ALL_CLASSES |= {
     "vit_mae": ("ViTMAEModel",),
     "vit_msn": ("ViTMSNForImageClassification",),
     "ijepa": ("IJepaForImageClassification",),
+    "yolos": ("YolosModel",),
+    "data2vec-vision": ("Data2VecVisionForImageClassification",),
+    "beit": ("BeitForImageClassification",),
+    "dinov2": ("Dinov2ForImageClassification",),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification",),
+    "dinov3_vit": ("DINOv3ViTModel",),
+    "audio-spectrogram-transformer": ("ASTForAudioClassification",),
+    "clip_text_model": ("CLIPTextModel",),
+    "clip_vision_model": ("CLIPVisionModel",),
+    "siglip_text_model": ("SiglipTextModel",),
+    "siglip_vision_model": ("SiglipVisionModel",),
+    "siglip2_text_model": ("Siglip2TextModel",),
+    "clip": ("CLIPModel",),
+    "siglip": ("SiglipModel",),
+    "siglip2": ("Siglip2Model",),
+    "wav2vec2": ("Wav2Vec2ForCTC",),
+    "hubert": ("HubertForCTC",),
+    "unispeech": ("UniSpeechForCTC",),
+    "unispeech-sat": ("UniSpeechSatForCTC",),
+    "data2vec-audio": ("Data2VecAudioForCTC",),
+    "wavlm": ("WavLMForCTC",),
+    "whisper": ("WhisperForConditionalGeneration",),
 }
 GENERIC = sorted(CONFIGS)
 
@@ -280,10 +324,16 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         if config.model_type == "vit_mae":  # which patches it sees
             inputs["noise"] = torch.rand(batch, 16, generator=generator)
         return {**inputs, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
+    if model.main_input_name == "input_values":
+        shape = (batch, 16, 16) if config.model_type == "audio-spectrogram-transformer" else (batch, 64)
+        return {"input_values": torch.randn(*shape, generator=generator)}
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(batch, 8, 24, generator=generator), "labels": ids(batch, length)}
     inputs = {"input_ids": ids(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
     if padded:
         inputs["attention_mask"][batch // 2 :, length - 4 :] = 0
-        inputs["input_ids"][inputs["attention_mask"] == 0] = config.pad_token_id or 0
+        inputs["input_ids"][inputs["attention_mask"] == 0] = config.get_text_config().pad_token_id or 0
+    inputs |= pictures_beside(config, batch, generator)
     last = inputs["attention_mask"].sum(1) - 1
     inputs["input_ids"][torch.arange(batch), last] = 2  # one eos each: BART's classifier reads there
     real = inputs["attention_mask"] == 1
@@ -303,6 +353,19 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
     elif "MaskedLM" in name or "LM" in name:
         inputs["labels"] = inputs["input_ids"].masked_fill(~real, -100)
     return inputs
+
+
+def pictures_beside(config: Any, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture beside each text, for models of both."""
+    if config.model_type == "siglip2":  # a list of patches, of any number
+        return {
+            "pixel_values": torch.randn(batch, 16, 48, generator=generator),
+            "pixel_attention_mask": torch.ones(batch, 16, dtype=torch.long),
+            "spatial_shapes": torch.full((batch, 2), 4),
+        }
+    if not hasattr(config, "vision_config"):
+        return {}
+    return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
 
 
 def keep(site: Any, units: Iterable[int] | None = None, axis: str = "") -> Any:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
@@ -90,11 +91,22 @@ def write_(model: Any, summary: Mapping[str, Any], model_type: str | None = None
     """
     family = family_for(model_type or model.config.model_type)
     sites = find_sites(model, family_for(model.config.model_type))
-    dense = dense_values(model.config, family)
+    dense = _decided(model, family, dense_values(model.config, family))
     form, entry = _form(model.config, family, sites, dense)
     _write_sizes_(model, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
     return form
+
+
+def _decided(model: Any, family: Family, dense: dict[str, Any]) -> dict[str, Any]:
+    """The dense sizes, also those that the class decides by itself, as no key of its config can: on the meta device."""
+    axes = [axis for stack in family.stacks for row in stack.sublayers for axis in row.axes]
+    unknown = {axis.config for axis in axes if axis.stock == "none" and dense[axis.config] is None}
+    if not unknown:
+        return dense
+    with torch.device("meta"):
+        sites = find_sites(type(model)(copy.deepcopy(model.config)), family)
+    return dense | {key: value for site in sites for key, value in site_values(site).items() if key in unknown}
 
 
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 SHIFT = "prepare_decoder_input_ids_from_labels"  # method of most models with an encoder and a language model
 TARGETS = ("labels", "start_positions", "end_positions")
+SOUND = {"input_values", "input_features"}
 LABEL_NAMES = {"label": "labels", "label_ids": "labels"}  # which transformers' collators rename, too
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
 BATCH_TOKENS = 2048  # of a batch drawn from a Dataset: a language model's logits are as wide as its vocabulary
@@ -275,6 +276,8 @@ def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor
             mask = batch.inputs.get("attention_mask")  # a classifier that feeds its input to both sides
     else:
         mask = batch.inputs.get("attention_mask")
+    if stack == "vision" or (stack == "encoder" and batch.inputs.keys() & SOUND):
+        return None  # patches, or more samples than tokens
     if mask is None or (mask.dim() != 2 and mask.shape != getattr(batch.inputs.get("input_ids"), "shape", None)):
         return None  # none, or one of pairs of tokens
     return mask.flatten().bool()

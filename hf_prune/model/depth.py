@@ -87,6 +87,9 @@ def _write_(config: Any, extent: Extent, name: str, kept: Sequence[int]) -> None
         if (bound := getattr(config, key, None)) is not None:
             setattr(config, key, sum(old < bound + last for old in kept) - last)
     setattr(config, name, len(kept))
+    if hasattr(config, "stage_names"):  # of a backbone, whose layers are not dropped; other classes want them in order
+        config.stage_names = config.stage_names[: len(kept) + 1]
+        config.set_output_features_output_indices(None, None)
 
 
 @contextlib.contextmanager

@@ -14,17 +14,23 @@ from torch import nn
 def outside_macs(model: Any, layers: list[str], tokens: int | None) -> tuple[float, float]:
     """Multiply-adds outside the blocks: for each token, and for each example."""
     inside = tuple(f"{path}." for path in layers)
-    per_token = per_example = 0.0
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
+    outside = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
+    per_token = _over_time([module for module in outside.values() if isinstance(module, nn.Conv1d)])
+    per_example = 0.0
+    for name, module in outside.items():
+        if isinstance(module, nn.Conv2d):
             per_example += module.weight.numel() * _positions_of(model, module)
         elif _is_matrix(module) and _sees_tokens(model, name):
             per_token += module.weight.numel()
         elif _is_matrix(module):
             per_example += module.weight.numel()
     return (0.0, per_example + per_token * tokens) if tokens else (per_token, per_example)
+
+
+def _over_time(convolutions: list[nn.Conv1d]) -> float:
+    """Multiply-adds for each token of convolutions one after the other, each of which may shorten the sound."""
+    steps = [module.stride[0] for module in convolutions]
+    return float(sum(m.weight.numel() * math.prod(steps[i + 1 :]) for i, m in enumerate(convolutions)))
 
 
 def _is_matrix(module: Any) -> bool:
@@ -58,18 +64,40 @@ def other_elements(model: nn.Module, path: str, but: set[str]) -> int:
 
 def _positions_of(model: Any, convolution: Any) -> int:
     """Of a convolution over pixels, how often its kernel is applied to one image."""
-    sides = model.config.image_size
-    sides = sides if isinstance(sides, list | tuple) else (sides, sides)
-    patch = model.config.patch_size
-    steps = (max(stride, patch) for stride in convolution.stride)  # what follows the patches sees one row for each
-    return math.prod(side // step for side, step in zip(sides, steps, strict=True))
+    config = vision_config(model.config)
+    if not hasattr(config, "image_size"):  # a picture of sound
+        return (image_tokens(model) or 0) - _special(model)
+    sides, patch = _both(config.image_size), _both(config.patch_size)
+    steps = (max(stride, size) for stride, size in zip(convolution.stride, patch, strict=True))
+    return math.prod(side // step for side, step in zip(sides, steps, strict=True))  # behind the patches: one row each
+
+
+def vision_config(config: Any) -> Any:
+    return getattr(config, "vision_config", config)
+
+
+def _both(size: Any) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+PICTURES = ("pixel_values", "input_values")  # of sound there are pictures, too
+SPECIAL = ("cls_token", "register_tokens", "distillation_token", "class_embedding")
 
 
 def image_tokens(model: Any) -> int | None:
-    """Tokens of one image: its patches and the special ones before them; None for text."""
-    if model.main_input_name != "pixel_values":
+    """Tokens of one image: its patches and the special ones before them; None for text, and for sound of any length."""
+    if model.main_input_name not in PICTURES:
         return None
-    found = [
-        p.shape[1] for name, p in model.named_parameters() if name.endswith("position_embeddings") and p.dim() == 3
-    ]
-    return found[0]
+    named = [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[0].endswith("embeddings")]
+    tables = [p.shape[1] for name, p in named if name.endswith("position_embeddings") and p.dim() == 3]
+    if tables or model.main_input_name != "pixel_values":
+        return tables[0] if tables else None
+    config = vision_config(model.config)
+    sides, patch = _both(config.image_size), _both(config.patch_size)
+    return math.prod(side // size for side, size in zip(sides, patch, strict=True)) + _special(model)
+
+
+def _special(model: Any) -> int:
+    """Tokens before the patches."""
+    found = [p for name, p in model.named_parameters() if name.endswith(SPECIAL)]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for p in found)

@@ -20,7 +20,7 @@ def token_parts(model: Any, layers: list[str]) -> tuple[Part, ...]:
 
     Tensors that are tied come once for each of their names.
     """
-    embeddings = list(_embeddings(model))
+    embeddings = list(input_embeddings(model))
     if not embeddings:
         return ()
     rows, inside = embeddings[0].num_embeddings, tuple(f"{path}." for path in layers)
@@ -41,7 +41,7 @@ def token_parts(model: Any, layers: list[str]) -> tuple[Part, ...]:
     return (*parts, *biases)
 
 
-def _embeddings(model: Any) -> Iterator[nn.Embedding]:
+def input_embeddings(model: Any) -> Iterator[nn.Embedding]:
     """The input embeddings of a model, and of the models inside it."""
     from transformers import PreTrainedModel
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..model.batches import IGNORE, Batch, form, forward_inputs
+from ..model.tokens import input_embeddings
 from ..model.weights import quiet
 from .losses import is_causal_lm, labels_of, problem_of
 
@@ -45,9 +45,9 @@ def _check_ids(model: PreTrainedModel, batch: Batch) -> None:
     main, found = model.main_input_name, sorted(batch.inputs)
     if main not in batch.inputs and "inputs_embeds" not in batch.inputs:
         raise ValueError(f"{type(model).__name__} reads {main}; the batches hold {', '.join(found) or 'no input'}.")
-    embedding: Any = model.get_input_embeddings()
     for name, ids in batch.inputs.items():
-        if not name.endswith("input_ids") or not isinstance(embedding, nn.Embedding):
+        embedding = next(input_embeddings(model), None) if name.endswith("input_ids") else None
+        if embedding is None:
             continue
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() < 2:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..axes import Argument, Axis, Count, NormPlace, Part, Parts, Stock, Sublayer, made_by, read_by
+from ..axes import Argument, Axis, Count, Family, NormPlace, Part, Parts, Stack, Stock, Sublayer, made_by, read_by
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -123,3 +123,17 @@ def ffn(
         norm=norm,
         norm_place=norm_place,
     )
+
+
+def tower(row: Family, name: str, path: str, config: str) -> Stack:
+    """The only stack of a known row, inside a larger model: under a module's path, sized by a config inside its own."""
+    (stack,) = row.stacks
+    inside = [
+        replace(sublayer, axes=tuple(_inside(axis, config) for axis in sublayer.axes)) for sublayer in stack.sublayers
+    ]
+    return Stack(name, f"{path}.{stack.layers}", _inside(stack.axis, config), tuple(inside))
+
+
+def _inside(axis: Axis, config: str) -> Axis:
+    width = f"{config}.{axis.width_config}" if axis.width_config else ""
+    return replace(axis, config=f"{config}.{axis.config}", width_config=width)
