@@ -40,7 +40,15 @@ from hf_prune.score.depth import BY_DISTANCE
 
 PACKAGE = Path(hf_prune.__file__).parent
 ROOT = PACKAGE.parent
-KINS = ("words", "encoders", "decoders", "encoder_decoders", "vision", "speech")  # of the rows of families
+KINS = (
+    "words",
+    "encoders",
+    "decoders",
+    "encoder_decoders",
+    "vision",
+    "speech",
+    "multimodal",
+)  # of the rows of families
 # a room imports from those before it, and a file from those before it in its room; the examples and users import all
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),

@@ -57,6 +57,11 @@ HEAD_DIM = {**GROUPED, "head_dim": 16}
 MHA = {**BASE, **TOKENS, "max_position_embeddings": 64}
 BART = CONFIGS["bart"]
 TOWERS = {"text_config": MHA, "vision_config": PICTURES}
+BESIDE = {"image_token_id": 98, "tie_word_embeddings": False}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+LLAMA = {**GROUPED, "model_type": "llama"}
+SMOL = {"text_config": LLAMA, "vision_config": PICTURES, **BESIDE, "scale_factor": 1}
+EYE = {"hidden_size": 32, "out_hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 48}
 NO_WIDTH = {key: value for key, value in PICTURES.items() if key != "intermediate_size"}
 SOUND = {
     **BASE, "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2,
@@ -136,6 +141,29 @@ CONFIGS |= {
     "siglip2": {"text_config": MHA, "vision_config": {**PICTURES, "num_patches": 16}},
     "beit": {**PICTURES, "use_relative_position_bias": True},
     "yolos": {**PICTURES, "image_size": [16, 16], "num_detection_tokens": 4, "use_mid_position_embeddings": False},
+    "llava": {"text_config": LLAMA, "vision_config": {**PICTURES, "model_type": "clip_vision_model"}, **BESIDE},
+    "internvl": {
+        "text_config": {**GROUPED, "model_type": "qwen2"}, **BESIDE, "downsample_ratio": 1.0,
+        "vision_config": {**PICTURES, "image_size": [16, 16], "patch_size": [4, 4]},
+    },
+    "gemma3": {
+        "text_config": {**CONFIGS["gemma3_text"], **WINDOWS}, "vision_config": PICTURES, **BESIDE,
+        "mm_tokens_per_image": 16, "boi_token_index": 97, "eoi_token_index": 96,
+    },
+    "paligemma": {
+        "text_config": {**HEAD_DIM, "model_type": "gemma"}, **BESIDE, "projection_dim": 32,
+        "vision_config": {**PICTURES, "vision_use_head": False, "projection_dim": 32},
+    },
+    **dict.fromkeys(("smolvlm", "idefics3"), SMOL),
+    "mistral3": {
+        "text_config": {**GROUPED, "model_type": "mistral"}, "vision_config": {**PICTURES, "model_type": "pixtral"},
+        **BESIDE,
+    },
+    "qwen2_vl": {"text_config": {**GROUPED, **MROPE}, "vision_config": {**EYE, "embed_dim": 32}, **BESIDE},
+    "qwen2_5_vl": {"text_config": {**GROUPED, **MROPE}, "vision_config": EYE, **BESIDE},
+    "qwen3_vl": {
+        "text_config": {**HEAD_DIM, **MROPE}, "vision_config": {**EYE, "deepstack_visual_indexes": []}, **BESIDE,
+    },
     "audio-spectrogram-transformer": {
         **PICTURES, "max_length": 16, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4,
     },
@@ -271,6 +299,16 @@ ALL_CLASSES |= {
     "data2vec-audio": ("Data2VecAudioForCTC",),
     "wavlm": ("WavLMForCTC",),
     "whisper": ("WhisperForConditionalGeneration",),
+    "llava": ("LlavaForConditionalGeneration",),
+    "internvl": ("InternVLForConditionalGeneration",),
+    "gemma3": ("Gemma3ForConditionalGeneration",),
+    "paligemma": ("PaliGemmaForConditionalGeneration",),
+    "smolvlm": ("SmolVLMForConditionalGeneration",),
+    "idefics3": ("Idefics3ForConditionalGeneration",),
+    "mistral3": ("Mistral3ForConditionalGeneration",),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
 }
 GENERIC = sorted(CONFIGS)
 
@@ -333,7 +371,8 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
     if padded:
         inputs["attention_mask"][batch // 2 :, length - 4 :] = 0
         inputs["input_ids"][inputs["attention_mask"] == 0] = config.get_text_config().pad_token_id or 0
-    inputs |= pictures_beside(config, batch, generator)
+    if hasattr(config, "vision_config"):
+        inputs = with_pictures(config, inputs, generator)
     last = inputs["attention_mask"].sum(1) - 1
     inputs["input_ids"][torch.arange(batch), last] = 2  # one eos each: BART's classifier reads there
     real = inputs["attention_mask"] == 1
@@ -347,25 +386,37 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         inputs["labels"] = torch.randint(config.num_labels, (batch, length), generator=generator).masked_fill(
             ~real, -100
         )
-    elif "ForConditionalGeneration" in name or "MTModel" in name:
+    elif config.is_encoder_decoder and ("ForConditionalGeneration" in name or "MTModel" in name):
         inputs["labels"] = ids(batch, length - 3)
         inputs["labels"][batch // 2 :, -2:] = -100
-    elif "MaskedLM" in name or "LM" in name:
+    elif "LM" in name or "ForConditionalGeneration" in name:
         inputs["labels"] = inputs["input_ids"].masked_fill(~real, -100)
     return inputs
 
 
-def pictures_beside(config: Any, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+PLACES = ("llava", "internvl", "gemma3", "paligemma", "smolvlm", "idefics3")  # tokens of a picture among those of text
+
+
+def with_pictures(config: Any, inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A picture beside each text, for models of both."""
+    batch = len(inputs["input_ids"])
+    pixels = torch.randn(batch, 3, 16, 16, generator=generator)
+    if config.model_type in ("clip", "siglip"):
+        return {**inputs, "pixel_values": pixels}
     if config.model_type == "siglip2":  # a list of patches, of any number
-        return {
-            "pixel_values": torch.randn(batch, 16, 48, generator=generator),
-            "pixel_attention_mask": torch.ones(batch, 16, dtype=torch.long),
-            "spatial_shapes": torch.full((batch, 2), 4),
-        }
-    if not hasattr(config, "vision_config"):
-        return {}
-    return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+        shapes = torch.full((batch, 2), 4)
+        mask = torch.ones(batch, 16, dtype=torch.long)
+        pixels = torch.randn(batch, 16, 48, generator=generator)
+        return {**inputs, "pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    text = {**inputs, "input_ids": inputs["input_ids"].clamp_max(90)}
+    if config.model_type not in PLACES:
+        return text
+    before = {"input_ids": torch.full((batch, 16), 98), "attention_mask": torch.ones(batch, 16, dtype=torch.long)}
+    both = {key: torch.cat([before[key], value], 1) for key, value in text.items()}
+    if config.model_type == "gemma3":
+        both["token_type_ids"] = (both["input_ids"] == 98).long()
+    several = config.model_type in ("smolvlm", "idefics3")  # pictures a text
+    return {**both, "pixel_values": pixels[:, None] if several else pixels}
 
 
 def keep(site: Any, units: Iterable[int] | None = None, axis: str = "") -> Any:

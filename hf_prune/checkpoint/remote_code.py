@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import axes, configs, cut, families, sites
-from ..model.families import decoders, encoder_decoders, encoders, speech, vision, words
+from ..model.families import decoders, encoder_decoders, encoders, multimodal, speech, vision, words
 from . import layout
 from .convert import auto_classes
 
 CODE_FILE = "modeling_hf_prune.py"
-ROWS = (words, encoders, decoders, encoder_decoders, vision, speech, families)
+ROWS = (words, encoders, decoders, encoder_decoders, vision, speech, multimodal, families)
 PARTS = (axes, *ROWS, configs, sites, cut, layout)  # each needs those before it
 
 

@@ -258,11 +258,16 @@ def forward_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {**batch.inputs, **({"use_cache": False} if _takes(model, "use_cache") else {})}
 
 
-def _takes(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model has an argument, or hands it on to the one inside its head."""
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model has an argument, or hands it on to one inside it."""
+    from transformers import PreTrainedModel
+
     parameters = inspect.signature(model.forward).parameters
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return name in parameters or (hands_on and name in inspect.signature(model.base_model.forward).parameters)
+    inside = [model.base_model] if model.base_model is not model else model.children()
+    return name in parameters or (
+        hands_on and any(_takes(each, name) for each in inside if isinstance(each, PreTrainedModel))
+    )
 
 
 def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor | None:

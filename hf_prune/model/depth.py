@@ -18,13 +18,25 @@ BOUNDS = {  # keys of the number of the first layer of another sort, or (1) of t
     "first_k_dense_replace": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1,
 }  # fmt: skip
 PERIODS = ("decoder_sparse_step", "moe_layer_interval")  # keys that make every n-th layer another sort
-BY_NUMBER = ("out_indices", "out_features", "scale_attn_by_inverse_layer_idx")  # keys by which layers are told apart
+BY_NUMBER = (  # keys by which layers are told apart
+    "out_indices", "out_features", "scale_attn_by_inverse_layer_idx", "vision_feature_layer",
+)  # fmt: skip
 
 
 def check_droppable(model: Any, anatomy: Anatomy) -> None:
     """Raise ValueError where a list in the config does not fit the layers, or where their numbers tell them apart."""
-    config = model.config
-    numbered = [key for key in BY_NUMBER if getattr(config, key, None)]
+    held = [model.config, *(_config_of(model, extent) for extent in anatomy.extents if extent.path)]
+    for config in {id(config): config for config in held}.values():
+        _check_config(model, anatomy, config)
+
+
+def _config_of(model: Any, extent: Extent) -> Any:
+    """The config that a stack's layers are told by."""
+    return holder(model.config, extent.axis.config)[0]
+
+
+def _check_config(model: Any, anatomy: Anatomy, config: Any) -> None:
+    numbered = [key for key in BY_NUMBER if getattr(config, key, None) not in (None, False, -1, [])]
     if numbered and (numbered[0] not in BY_NUMBER[:2] or "Backbone" in type(model).__name__):
         raise ValueError(
             f"units=['layers']: {numbered[0]}={getattr(config, numbered[0])!r} of this {anatomy.model_type} reads "
@@ -36,9 +48,9 @@ def check_droppable(model: Any, anatomy: Anatomy) -> None:
             f"units=['layers']: {periodic[0]}={getattr(config, periodic[0])} of this {anatomy.model_type} says by "
             "their numbers which layers have experts, which a cut would change. Remove other units."
         )
-    lengths = {extent.of for extent in anatomy.extents if extent.path}
+    lengths = {extent.of for extent in anatomy.extents if extent.path and _config_of(model, extent) is config}
     for key, values in lists_along(config):
-        if len(values) not in lengths:
+        if lengths and len(values) not in lengths:
             raise ValueError(
                 f"units=['layers']: the config's {key} has {len(values)} entries, the model "
                 f"{' and '.join(map(str, sorted(lengths)))} layers. Mend config.json, then open the model again."
@@ -98,14 +110,15 @@ def without_layers(model: Any, extent: Extent, kept: Sequence[int]) -> Iterator[
     layers = model.get_submodule(extent.path)
     owner, _, name = extent.path.rpartition(".")
     parent = model.get_submodule(owner)
-    before = {key: getattr(model.config, key) for key, _ in lists_along(model.config)}
+    config = _config_of(model, extent)
+    before = dict(lists_along(config))
     try:
         setattr(parent, name, nn.ModuleList([layers[index] for index in kept]))
         for key, values in before.items():
             if len(values) == extent.of:
-                setattr(model.config, key, [values[index] for index in kept])
+                setattr(config, key, [values[index] for index in kept])
         yield
     finally:
         setattr(parent, name, layers)
         for key, values in before.items():
-            setattr(model.config, key, values)
+            setattr(config, key, values)

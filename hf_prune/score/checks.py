@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # values in an error
 STUMBLES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError)  # of a model over foreign data
 
+PICTURES = ("pixel_values",)
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -39,6 +40,15 @@ def check_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         outputs_of(model, batch)
     for batch, row in _extremes(batches):
         outputs_of(model, batch, row)
+
+
+def check_towers(stacks: Iterable[str], batches: Sequence[Batch]) -> None:
+    """Raise ValueError for text alone where the units of a vision tower are to be scored: all would count as idle."""
+    if "vision" in stacks and not all(batch.inputs.keys() & PICTURES for batch in batches):
+        raise ValueError(
+            f"This model has a vision tower, and some batches hold no picture ({', '.join(PICTURES)}): its units "
+            "cannot be scored. Give pictures beside the texts, or a plan= that keeps them."
+        )
 
 
 def _check_ids(model: PreTrainedModel, batch: Batch) -> None:

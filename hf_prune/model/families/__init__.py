@@ -10,11 +10,12 @@ from ..axes import Family
 from .decoders import DECODERS
 from .encoder_decoders import ENCODER_DECODERS
 from .encoders import ENCODERS
+from .multimodal import MULTIMODAL
 from .speech import SPEECH
 from .vision import VISION
 
 EXAMPLE = "llama_like() in hf_prune/model/families/decoders.py"
-ROWS = (*ENCODERS, *DECODERS, *ENCODER_DECODERS, *VISION, *SPEECH)
+ROWS = (*ENCODERS, *DECODERS, *ENCODER_DECODERS, *VISION, *SPEECH, *MULTIMODAL)
 FAMILIES: dict[str, Family] = {row.model_type: row for row in ROWS}
 
 
