@@ -16,7 +16,7 @@ endif
 
 FLOOR = .venv-floor
 
-.PHONY: demo test test-floor test-slow test-gpu test-torchao test-llama-cpp check install texts benchmark cards clean
+.PHONY: demo test test-families test-floor test-slow test-gpu test-torchao test-llama-cpp check install texts benchmark cards clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -37,6 +37,10 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt requirements-real.txt
 	$(FLOOR)/bin/pip install --quiet --disable-pip-version-check -r constraints-floor.txt \
 		hypothesis pillow pytest pytest-xdist -e '.[plots,gguf,benchmark]'
 	touch $@
+
+# Every oracle on every family: an hour on two cores. `make test` runs them on a few, others each day.
+test-families: install
+	HF_PRUNE_FAMILIES=all $(BIN)/pytest -n 2 tests/test_oracles.py
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -47,7 +47,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
         for extent in stacks:
             by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]
             changes = changes or _changes(plan, extent)
-            if repaired and changes:
+            if repaired and changes and dense[extent.where].states:  # none: no example reaches this tower
                 # a later stack also reads what the stacks before it, cut by now, give
                 first, layers = extent is stacks[0], _layers(model, extent)
                 pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs)

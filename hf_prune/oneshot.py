@@ -32,7 +32,7 @@ from .model.depth import check_droppable
 from .model.undo import undone_on_error
 from .model.weights import check_loaded, quiet
 from .plan import Kept, PruningPlan, Where, must_be_plan
-from .score.checks import check_inputs, fit_labels
+from .score.checks import check_inputs, check_towers, fit_labels
 from .score.criteria import CRITERIA
 from .score.depth import order_of
 from .score.judge import Judge
@@ -177,6 +177,7 @@ def analyze(
     config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
     if any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
+        check_towers({site.stack for site in anatomy.sites}, batches)
         found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
     else:  # only layers or tokens may go
         found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})

@@ -40,13 +40,22 @@ from hf_prune.score.depth import BY_DISTANCE
 
 PACKAGE = Path(hf_prune.__file__).parent
 ROOT = PACKAGE.parent
+KINS = (
+    "words",
+    "encoders",
+    "decoders",
+    "encoder_decoders",
+    "vision",
+    "speech",
+    "multimodal",
+)  # of the rows of families
 # a room imports from those before it, and a file from those before it in its room; the examples and users import all
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
-        "axes", "families", "configs", "sites", "cut", "silence", "undo", "weights", "outside", "tokens", "embeddings",
-        "depth", "probe", "smaller", "feed", "instance", "effects", "derive", "prove", "lookup", "anatomy", "mask",
-        "layerwise", "batches",
+        "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
+        "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
+        "derive", "prove", "lookup", "anatomy", "mask", "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
@@ -101,7 +110,11 @@ def own(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             home = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             is_file = home.with_suffix(".py").is_file()
-            yield from map(place, [home] if is_file else [home / alias.name for alias in node.names])
+            files = [home / alias.name for alias in node.names]
+            inside = [
+                path if path.with_suffix(".py").is_file() or path.is_dir() else home / "__init__" for path in files
+            ]
+            yield from map(place, [home] if is_file else inside)
 
 
 def files_of(room):
@@ -131,7 +144,8 @@ def test_every_module_has_its_place():
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == {n for n, files in ROOMS.items() if not files}
     for room, files in ROOMS.items():
         if files:
-            assert {name for name in files_of(room) if not name.endswith("__init__")} == set(files)
+            named = {name for name in files_of(room) if not name.endswith("__init__")}
+            assert named == {name for name in files if not name.endswith("__init__")}
 
 
 def test_every_package_is_installed():
@@ -148,8 +162,11 @@ def test_every_package_is_installed():
 
 @pytest.mark.parametrize(
     ("module", "more"),
-    [("files", set()), ("model/families", set()), ("plan", set()), ("schedules", set()), ("config", {"yaml"})],
-)
+    [
+        ("files", set()), *((f"model/families/{kin}", set()) for kin in (*KINS, "__init__")), ("plan", set()),
+        ("schedules", set()), ("config", {"yaml"}),
+    ],
+)  # fmt: skip
 def test_the_first_modules_need_no_torch(module, more):
     for name, level in imports(PACKAGE / f"{module}.py"):
         assert level or name.split(".")[0] in sys.stdlib_module_names | more, name
@@ -169,7 +186,8 @@ def test_import_loads_no_modelling_file():
 
 def test_import_loads_the_loader_and_what_it_needs():
     loaded = ast.literal_eval(run("import sys, hf_prune; print([m for m in sys.modules if m.startswith('hf_prune.')])"))
-    needed = {"checkpoint": ("layout", "loader"), "model": ("axes", "configs", "cut", "families", "sites")}
+    rows = ("families", *(f"families.{kin}" for kin in KINS))
+    needed = {"checkpoint": ("layout", "loader"), "model": ("axes", "configs", "cut", *rows, "sites")}
     assert {*loaded} == {f"hf_prune.{room}" for room in needed} | {
         f"hf_prune.{room}.{file}" for room, files in needed.items() for file in files
     }
@@ -204,9 +222,9 @@ def test_no_print_in_the_library():
 
 
 def test_every_family_has_a_tiny_config():
-    from tiny import CLASSES, CONFIGS
+    from tiny import ALL_CLASSES, CONFIGS
 
-    assert set(FAMILIES) == set(CONFIGS) == set(CLASSES)
+    assert set(FAMILIES) == set(CONFIGS) == set(ALL_CLASSES)
 
 
 ROWS = (Axis, Part, Count, Argument, Sublayer, Stack, Family)
@@ -220,7 +238,7 @@ def read(monkeypatch):
     def watch(row, names):
         def get(self, name):
             caller = Path(sys._getframe(1).f_code.co_filename)
-            if name in names and PACKAGE in caller.parents and caller.name != "families.py":
+            if name in names and PACKAGE in caller.parents and caller.parent.name != "families":
                 found.add(f"{row.__name__}.{name}")
             return object.__getattribute__(self, name)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,8 +51,132 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2, "forced_eos_token_id": None, **TOKENS,
     },
 }  # fmt: skip
+ROBERTA = {**ENCODER, "pad_token_id": 0}
+PICTURES = CONFIGS["vit"]
+HEAD_DIM = {**GROUPED, "head_dim": 16}
+MHA = {**BASE, **TOKENS, "max_position_embeddings": 64}
+BART = CONFIGS["bart"]
+TOWERS = {"text_config": MHA, "vision_config": PICTURES}
+BESIDE = {"image_token_id": 98, "tie_word_embeddings": False}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+LLAMA = {**GROUPED, "model_type": "llama"}
+SMOL = {"text_config": LLAMA, "vision_config": PICTURES, **BESIDE, "scale_factor": 1}
+EYE = {"hidden_size": 32, "out_hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 48}
+NO_WIDTH = {key: value for key, value in PICTURES.items() if key != "intermediate_size"}
+SOUND = {
+    **BASE, "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2}
+LINEAR = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+WINDOWS = {
+    "num_hidden_layers": 6, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+WINDOWED = {**GROUPED, **WINDOWS}
+CONFIGS |= {
+    **dict.fromkeys(("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"), ROBERTA),
+    **dict.fromkeys(("ernie", "bert-generation", "megatron-bert", "layoutlm", "splinter", "deberta", "mpnet"), ENCODER),
+    "rembert": {**ENCODER, "input_embedding_size": 16, "output_embedding_size": 24},
+    "roc_bert": {
+        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 99,
+        "shape_vocab_size": 99,
+    },
+    "roformer": {**ENCODER, "embedding_size": 32},
+    "markuplm": {**ENCODER, "xpath_unit_hidden_size": 4, "max_depth": 4},
+    "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": {
+        **MHA, "num_hidden_layers": 6, "local_attention": 8, "layer_types": WINDOWS["layer_types"], "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    "nomic_bert": {**ENCODER, "head_dim": 8, "pad_token_id": 0},
+    "eurobert": GROUPED,
+    "biogpt": MHA,
+    "xglm": {
+        "vocab_size": 99, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+        "max_position_embeddings": 64, **TOKENS,
+    },
+    **dict.fromkeys(("granite", "smollm3", "olmo", "cohere", "stablelm", "arcee", "apertus", "jais2"), GROUPED),
+    **dict.fromkeys(("starcoder2", "phi", "nanochat", "olmo2"), GROUPED),
+    **dict.fromkeys(("seed_oss", "ernie4_5", "hunyuan_v1_dense", "gemma", "nemotron", "glm", "glm4"), HEAD_DIM),
+    **dict.fromkeys(("cohere2", "exaone4", "olmo3"), WINDOWED),
+    **dict.fromkeys(("ministral", "ministral3", "cwm"), HEAD_DIM),
+    "helium": {**GROUPED, "head_dim": 8},
+    "gpt_neox": MHA,
+    "gptj": {**CONFIGS["gpt2"], "rotary_dim": 4},
+    "codegen": {**CONFIGS["gpt2"], "rotary_dim": 4},
+    "gpt_bigcode": CONFIGS["gpt2"],
+    "falcon": {**MHA, "ffn_hidden_size": 48},
+    "bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1]},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {
+        **EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1,
+    },
+    "gpt_oss": {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS},
+    "deepseek_v3": {
+        **GROUPED, "num_hidden_layers": 3, "moe_intermediate_size": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "kv_lora_rank": 8,
+        "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "qwen3_5_text": {**HEAD_DIM, **HYBRID, **LINEAR},
+    "qwen3_next": {
+        **EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1],
+    },
+    "lfm2": {
+        **GROUPED, "num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2,
+        "block_auto_adjust_ff_dim": False,
+    },
+    **dict.fromkeys(("mt5", "umt5"), CONFIGS["t5"]),
+    **dict.fromkeys(("marian", "blenderbot-small", "plbart", "mvp", "mbart", "pegasus", "m2m_100", "blenderbot"), BART),
+    **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa", "dinov3_vit", "data2vec-vision"), PICTURES),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), PICTURES),
+    **dict.fromkeys(("clip_text_model", "siglip_text_model", "siglip2_text_model"), MHA),
+    **dict.fromkeys(("clip", "siglip"), TOWERS),
+    "siglip2": {"text_config": MHA, "vision_config": {**PICTURES, "num_patches": 16}},
+    "beit": {**PICTURES, "use_relative_position_bias": True},
+    "yolos": {**PICTURES, "image_size": [16, 16], "num_detection_tokens": 4, "use_mid_position_embeddings": False},
+    "llava": {"text_config": LLAMA, "vision_config": {**PICTURES, "model_type": "clip_vision_model"}, **BESIDE},
+    "internvl": {
+        "text_config": {**GROUPED, "model_type": "qwen2"}, **BESIDE, "downsample_ratio": 1.0,
+        "vision_config": {**PICTURES, "image_size": [16, 16], "patch_size": [4, 4]},
+    },
+    "gemma3": {
+        "text_config": {**CONFIGS["gemma3_text"], **WINDOWS}, "vision_config": PICTURES, **BESIDE,
+        "mm_tokens_per_image": 16, "boi_token_index": 97, "eoi_token_index": 96,
+    },
+    "paligemma": {
+        "text_config": {**HEAD_DIM, "model_type": "gemma"}, **BESIDE, "projection_dim": 32,
+        "vision_config": {**PICTURES, "vision_use_head": False, "projection_dim": 32},
+    },
+    **dict.fromkeys(("smolvlm", "idefics3"), SMOL),
+    "mistral3": {
+        "text_config": {**GROUPED, "model_type": "mistral"}, "vision_config": {**PICTURES, "model_type": "pixtral"},
+        **BESIDE,
+    },
+    "qwen2_vl": {"text_config": {**GROUPED, **MROPE}, "vision_config": {**EYE, "embed_dim": 32}, **BESIDE},
+    "qwen2_5_vl": {"text_config": {**GROUPED, **MROPE}, "vision_config": EYE, **BESIDE},
+    "qwen3_vl": {
+        "text_config": {**HEAD_DIM, **MROPE}, "vision_config": {**EYE, "deepstack_visual_indexes": []}, **BESIDE,
+    },
+    "audio-spectrogram-transformer": {
+        **PICTURES, "max_length": 16, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4,
+    },
+    "dinov2": {**NO_WIDTH, "mlp_ratio": 2},
+    "dinov2_with_registers": {**NO_WIDTH, "mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 2},
+    **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio"), SOUND),
+    "whisper": {
+        **BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64, "suppress_tokens": None,
+        "begin_suppress_tokens": None, "forced_decoder_ids": None,
+    },
+}  # fmt: skip
 
-CLASSES: dict[str, tuple[str, ...]] = {
+ALL_CLASSES: dict[str, tuple[str, ...]] = {
     "bert": (
         "BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM",
     ),
@@ -72,9 +198,137 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "BartForConditionalGeneration", "BartForSequenceClassification", "BartForQuestionAnswering", "BartForCausalLM",
     ),
 }  # fmt: skip
+ALL_CLASSES |= {
+    "xlm-roberta": ("XLMRobertaForSequenceClassification",),
+    "camembert": ("CamembertForSequenceClassification",),
+    "data2vec-text": ("Data2VecTextForSequenceClassification",),
+    "ernie": ("ErnieForSequenceClassification",),
+    "bert-generation": ("BertGenerationEncoder",),
+    "layoutlm": ("LayoutLMForSequenceClassification",),
+    "rembert": ("RemBertForSequenceClassification",),
+    "roc_bert": ("RoCBertForSequenceClassification",),
+    "roformer": ("RoFormerForSequenceClassification",),
+    "splinter": ("SplinterModel",),
+    "markuplm": ("MarkupLMForSequenceClassification",),
+    "xlm-roberta-xl": ("XLMRobertaXLForSequenceClassification",),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForSequenceClassification",),
+    "megatron-bert": ("MegatronBertForSequenceClassification",),
+    "deberta-v2": ("DebertaV2ForSequenceClassification",),
+    "deberta": ("DebertaForSequenceClassification",),
+    "mpnet": ("MPNetForSequenceClassification",),
+    "modernbert": ("ModernBertForSequenceClassification",),
+    "nomic_bert": ("NomicBertForSequenceClassification",),
+    "eurobert": ("EuroBertForSequenceClassification",),
+    "biogpt": ("BioGptForCausalLM",),
+    "xglm": ("XGLMForCausalLM",),
+    "granite": ("GraniteForCausalLM",),
+    "smollm3": ("SmolLM3ForCausalLM",),
+    "olmo": ("OlmoForCausalLM",),
+    "cohere": ("CohereForCausalLM",),
+    "cohere2": ("Cohere2ForCausalLM",),
+    "helium": ("HeliumForCausalLM",),
+    "seed_oss": ("SeedOssForCausalLM",),
+    "ernie4_5": ("Ernie4_5ForCausalLM",),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM",),
+    "ministral": ("MinistralForCausalLM",),
+    "ministral3": ("Ministral3ForCausalLM",),
+    "stablelm": ("StableLmForCausalLM",),
+    "cwm": ("CwmForCausalLM",),
+    "gemma": ("GemmaForCausalLM",),
+    "exaone4": ("Exaone4ForCausalLM",),
+    "glm": ("GlmForCausalLM",),
+    "glm4": ("Glm4ForCausalLM",),
+    "arcee": ("ArceeForCausalLM",),
+    "apertus": ("ApertusForCausalLM",),
+    "nemotron": ("NemotronForCausalLM",),
+    "jais2": ("Jais2ForCausalLM",),
+    "starcoder2": ("Starcoder2ForCausalLM",),
+    "nanochat": ("NanoChatForCausalLM",),
+    "phi": ("PhiForCausalLM",),
+    "gpt_neox": ("GPTNeoXForCausalLM",),
+    "gptj": ("GPTJForCausalLM",),
+    "falcon": ("FalconForCausalLM",),
+    "codegen": ("CodeGenForCausalLM",),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM",),
+    "bloom": ("BloomForCausalLM",),
+    "olmo2": ("Olmo2ForCausalLM",),
+    "olmo3": ("Olmo3ForCausalLM",),
+    "mixtral": ("MixtralForCausalLM",),
+    "qwen2_moe": ("Qwen2MoeForCausalLM",),
+    "qwen3_moe": ("Qwen3MoeForCausalLM",),
+    "glm4_moe": ("Glm4MoeForCausalLM",),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM",),
+    "gpt_oss": ("GptOssForCausalLM",),
+    "deepseek_v3": ("DeepseekV3ForCausalLM",),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM",),
+    "qwen3_next": ("Qwen3NextForCausalLM",),
+    "lfm2": ("Lfm2ForCausalLM",),
+    "mt5": ("MT5ForConditionalGeneration",),
+    "umt5": ("UMT5ForConditionalGeneration",),
+    "marian": ("MarianMTModel",),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration",),
+    "plbart": ("PLBartForConditionalGeneration",),
+    "mvp": ("MvpForConditionalGeneration",),
+    "mbart": ("MBartForConditionalGeneration",),
+    "pegasus": ("PegasusForConditionalGeneration",),
+    "m2m_100": ("M2M100ForConditionalGeneration",),
+    "blenderbot": ("BlenderbotForConditionalGeneration",),
+    "deit": ("DeiTForImageClassification",),
+    "vit_mae": ("ViTMAEModel",),
+    "vit_msn": ("ViTMSNForImageClassification",),
+    "ijepa": ("IJepaForImageClassification",),
+    "yolos": ("YolosModel",),
+    "data2vec-vision": ("Data2VecVisionForImageClassification",),
+    "beit": ("BeitForImageClassification",),
+    "dinov2": ("Dinov2ForImageClassification",),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification",),
+    "dinov3_vit": ("DINOv3ViTModel",),
+    "audio-spectrogram-transformer": ("ASTForAudioClassification",),
+    "clip_text_model": ("CLIPTextModel",),
+    "clip_vision_model": ("CLIPVisionModel",),
+    "siglip_text_model": ("SiglipTextModel",),
+    "siglip_vision_model": ("SiglipVisionModel",),
+    "siglip2_text_model": ("Siglip2TextModel",),
+    "clip": ("CLIPModel",),
+    "siglip": ("SiglipModel",),
+    "siglip2": ("Siglip2Model",),
+    "wav2vec2": ("Wav2Vec2ForCTC",),
+    "hubert": ("HubertForCTC",),
+    "unispeech": ("UniSpeechForCTC",),
+    "unispeech-sat": ("UniSpeechSatForCTC",),
+    "data2vec-audio": ("Data2VecAudioForCTC",),
+    "wavlm": ("WavLMForCTC",),
+    "whisper": ("WhisperForConditionalGeneration",),
+    "llava": ("LlavaForConditionalGeneration",),
+    "internvl": ("InternVLForConditionalGeneration",),
+    "gemma3": ("Gemma3ForConditionalGeneration",),
+    "paligemma": ("PaliGemmaForConditionalGeneration",),
+    "smolvlm": ("SmolVLMForConditionalGeneration",),
+    "idefics3": ("Idefics3ForConditionalGeneration",),
+    "mistral3": ("Mistral3ForConditionalGeneration",),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
+}
+GENERIC = sorted(CONFIGS)
 
-FAMILY_NAMES = sorted(CONFIGS)
-FAMILY_OF = {name: family for family, names in CLASSES.items() for name in names}
+CORE = ("bert", "distilbert", "gpt2", "llama", "gemma3_text", "phi3", "t5", "bart", "vit")  # one of each kind
+A_DAY = 2  # of the others
+
+
+def todays(date: datetime.date, asked: str = "") -> list[str]:
+    """The families that the generic tests run on: those of `CORE` and a few others, that change from day to day; all
+    with HF_PRUNE_FAMILIES=all, or those that it lists."""
+    if asked:
+        return sorted(GENERIC) if asked == "all" else asked.split(",")
+    others = sorted(set(GENERIC) - {*CORE})
+    first = date.toordinal() * A_DAY
+    return sorted({*CORE, *(others[(first + i) % len(others)] for i in range(A_DAY))})
+
+
+FAMILY_NAMES = todays(datetime.date.today(), os.environ.get("HF_PRUNE_FAMILIES", ""))
+CLASSES = {family: ALL_CLASSES[family] for family in FAMILY_NAMES}
+FAMILY_OF = {name: family for family, names in ALL_CLASSES.items() for name in names}
 EVERY_CLASS = [(family, name) for family in FAMILY_NAMES for name in CLASSES[family]]
 
 
@@ -82,10 +336,12 @@ def tiny_model(family: str, class_name: str | None = None, seed: int = 0, **chan
     """A randomly initialised model with weights large enough that every unit matters, in evaluation mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**CONFIGS[family], **changes})
-    model = getattr(transformers, class_name or CLASSES[family][0])(config)
+    model = getattr(transformers, class_name or ALL_CLASSES[family][0])(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
+            if not parameter.requires_grad:
+                continue  # sines of positions, which no checkpoint holds
             if parameter.dim() > 1:
                 parameter.copy_(noise * 0.15)
             else:
@@ -102,12 +358,21 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         return torch.randint(5, 99, (rows, columns), generator=generator)
 
     if model.main_input_name == "pixel_values":
-        pixels = torch.randn(batch, 3, 16, 16, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
+        inputs = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+        if config.model_type == "vit_mae":  # which patches it sees
+            inputs["noise"] = torch.rand(batch, 16, generator=generator)
+        return {**inputs, "labels": torch.randint(config.num_labels, (batch,), generator=generator)}
+    if model.main_input_name == "input_values":
+        shape = (batch, 16, 16) if config.model_type == "audio-spectrogram-transformer" else (batch, 64)
+        return {"input_values": torch.randn(*shape, generator=generator)}
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(batch, 8, 24, generator=generator), "labels": ids(batch, length)}
     inputs = {"input_ids": ids(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
     if padded:
         inputs["attention_mask"][batch // 2 :, length - 4 :] = 0
-        inputs["input_ids"][inputs["attention_mask"] == 0] = config.pad_token_id or 0
+        inputs["input_ids"][inputs["attention_mask"] == 0] = config.get_text_config().pad_token_id or 0
+    if hasattr(config, "vision_config"):
+        inputs = with_pictures(config, inputs, generator)
     last = inputs["attention_mask"].sum(1) - 1
     inputs["input_ids"][torch.arange(batch), last] = 2  # one eos each: BART's classifier reads there
     real = inputs["attention_mask"] == 1
@@ -121,12 +386,37 @@ def tiny_batch(model: Any, batch: int = 8, length: int = 12, seed: int = 0, padd
         inputs["labels"] = torch.randint(config.num_labels, (batch, length), generator=generator).masked_fill(
             ~real, -100
         )
-    elif "ForConditionalGeneration" in name:
+    elif config.is_encoder_decoder and ("ForConditionalGeneration" in name or "MTModel" in name):
         inputs["labels"] = ids(batch, length - 3)
         inputs["labels"][batch // 2 :, -2:] = -100
-    elif "MaskedLM" in name or "LM" in name:
+    elif "LM" in name or "ForConditionalGeneration" in name:
         inputs["labels"] = inputs["input_ids"].masked_fill(~real, -100)
     return inputs
+
+
+PLACES = ("llava", "internvl", "gemma3", "paligemma", "smolvlm", "idefics3")  # tokens of a picture among those of text
+
+
+def with_pictures(config: Any, inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture beside each text, for models of both."""
+    batch = len(inputs["input_ids"])
+    pixels = torch.randn(batch, 3, 16, 16, generator=generator)
+    if config.model_type in ("clip", "siglip"):
+        return {**inputs, "pixel_values": pixels}
+    if config.model_type == "siglip2":  # a list of patches, of any number
+        shapes = torch.full((batch, 2), 4)
+        mask = torch.ones(batch, 16, dtype=torch.long)
+        pixels = torch.randn(batch, 16, 48, generator=generator)
+        return {**inputs, "pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    text = {**inputs, "input_ids": inputs["input_ids"].clamp_max(90)}
+    if config.model_type not in PLACES:
+        return text
+    before = {"input_ids": torch.full((batch, 16), 98), "attention_mask": torch.ones(batch, 16, dtype=torch.long)}
+    both = {key: torch.cat([before[key], value], 1) for key, value in text.items()}
+    if config.model_type == "gemma3":
+        both["token_type_ids"] = (both["input_ids"] == 98).long()
+    several = config.model_type in ("smolvlm", "idefics3")  # pictures a text
+    return {**both, "pixel_values": pixels[:, None] if several else pixels}
 
 
 def keep(site: Any, units: Iterable[int] | None = None, axis: str = "") -> Any:

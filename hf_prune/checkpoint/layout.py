@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..model.axes import Family
@@ -88,25 +90,47 @@ def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
         summary: more entries for the config's `hf_prune`.
     """
     sites = find_sites(model, family)
-    dense = dense_values(model.config, family)
+    dense = _decided(model, family, dense_values(model.config, family))
     form, entry = _form(model.config, family, sites, dense)
     _write_sizes_(model, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
     return form
 
 
+def _decided(model: Any, family: Family, dense: dict[str, Any]) -> dict[str, Any]:
+    """The dense sizes, also those that the class decides by itself, as no key of its config can: on the meta device."""
+    axes = [axis for stack in family.stacks for row in stack.sublayers for axis in row.axes]
+    unknown = {axis.config for axis in axes if axis.stock == "none" and dense[axis.config] is None}
+    if not unknown:
+        return dense
+    with torch.device("meta"):
+        sites = find_sites(type(model)(copy.deepcopy(model.config)), family)
+    return dense | {key: value for site in sites for key, value in site_values(site).items() if key in unknown}
+
+
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The plainest form that can say these sizes, and what the entry needs besides."""
-    if not _is_uniform(sites):
+    if not (_is_uniform(sites) and _accepts(config, sites)):
         if tells_layers(config, family):
             return "per_layer", {}
         return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
-    cut = [(site, axis) for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]]
-    stock = {axis.stock for _, axis in cut}
-    if "none" in stock:
-        return "uniform", {}
-    divides = all(config.hidden_size % site.sizes[axis.name] == 0 for site, axis in cut if axis.stock == "divisors")
-    return "stock" if divides else "per_layer", {}  # the config class refuses other global head counts
+    cut = {axis.stock for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]}
+    return "uniform" if "none" in cut else "stock", {}
+
+
+def _accepts(config: Any, sites: list[Site]) -> bool:
+    """Whether the config class takes these sizes for all layers: some only take head counts that divide the width."""
+    told = copy.deepcopy(config)
+    told.per_layer_config = None
+    for site in sites:
+        for key, value in site_values(site).items():
+            set_(told, key, value)
+    try:
+        for each in nested(told):
+            each.validate()
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def tells_layers(config: Any, family: Family) -> bool:

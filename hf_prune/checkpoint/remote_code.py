@@ -12,15 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import axes, configs, cut, families, sites
+from ..model.families import decoders, encoder_decoders, encoders, multimodal, speech, vision, words
 from . import layout
 from .convert import auto_classes
 
 CODE_FILE = "modeling_hf_prune.py"
+ROWS = (words, encoders, decoders, encoder_decoders, vision, speech, multimodal, families)
+PARTS = (axes, *ROWS, configs, sites, cut, layout)  # each needs those before it
 
 
 def code_for(cls: type[nn.Module]) -> str:
     """One self-contained file: the loader's own source, and a subclass of `cls` that builds with it."""
-    parts = [_without_relative_imports(module) for module in (axes, families, configs, sites, cut, layout)]
+    parts = [_without_relative_imports(module) for module in PARTS]
     subclass = f'''
 class Pruned{cls.__name__}(transformers.{cls.__name__}):
     """{cls.__name__} in the sizes that its config gives."""

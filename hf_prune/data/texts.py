@@ -14,7 +14,7 @@ import torch
 
 from ..model.batches import IGNORE, even_positions
 from ..model.probe import positions
-from ..model.tokens import embeddings
+from ..model.tokens import input_embeddings
 from ..plan import short
 from ..vocabulary.reading import FORMATS, TEXT_COLUMNS
 from .opening import read_as
@@ -122,7 +122,7 @@ def _check_tokens(model: PreTrainedModel, tokenizer: Any, rows: Rows, name: str)
         raise ValueError(
             f"{name}: {len(empty)} of {len(rows)} texts have no token, row {empty[0] + 1} first. Drop them."
         )
-    table = next(embeddings(model), None)
+    table = next(input_embeddings(model), None)
     largest = max(max(row["input_ids"]) for row in rows)
     if table is not None and largest >= table.num_embeddings:
         raise ValueError(

@@ -164,7 +164,7 @@ def _ranking(
     ]
     if shapes == "stock" and site.inner.stock == "divisors":
         of_each = site.sizes[site.inner.name] // len(scores)
-        counts = [(g, r) for g, r in counts if anatomy.hidden_size % (g * r * of_each) == 0] or [(groups, each)]
+        counts = [(g, r) for g, r in counts if site.hidden % (g * r * of_each) == 0] or [(groups, each)]
     return Ranking(unit_of(site, units), scores.reshape(groups, each), tuple(counts))
 
 

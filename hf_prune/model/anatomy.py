@@ -5,14 +5,13 @@ Shapes: T tokens, D hidden width, L layers, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .axes import Family, Part
 from .lookup import family_of
 from .outside import image_tokens, other_elements, outside_macs
-from .sites import Extent, Site, Where, consumer, find_sites, find_stacks, output_axis, tensor_of
+from .sites import Extent, Site, Where, find_sites, find_stacks, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
 
@@ -84,7 +83,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         family=family,
         sites=tuple(sites),
         extents=(*extents, *_vocabulary(model, family, vocabulary)),
-        hidden_size=_hidden_size(model, sites),
+        hidden_size=sites[0].hidden if sites else getattr(model.config.get_text_config(), "hidden_size", 0),
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
@@ -102,11 +101,3 @@ def _vocabulary(model: Any, family: Family, parts: tuple[Part, ...]) -> list[Ext
     if not parts or family.tokens is None:
         return []
     return [Extent((), family.tokens, tensor_of(model, parts[0].tensor).shape[0], parts=parts)]
-
-
-def _hidden_size(model: Any, sites: Sequence[Site]) -> int:
-    """Outputs of the first consumer; of a model without sites what its config says."""
-    if sites:
-        first = consumer(model, sites[0])
-        return int(first.weight.shape[output_axis(first)])
-    return int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)

@@ -12,6 +12,7 @@ from typing import Literal
 
 Role = Literal["makes", "reads", "carries"]
 Stock = Literal["any", "divisors", "none"]
+NormPlace = Literal["", "after", "inside"]  # behind the residual sum (post-LN) · between projection and sum
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class Sublayer:
     optional: bool = False  # not in every layer of its stack: experts among dense layers, attention among state spaces
     config_view: str = ""  # module whose forward() reads sizes from its config
     norm: str = ""
-    norm_place: Literal["", "after", "inside"] = ""  # behind the residual sum (post-LN) · between projection and sum
+    norm_place: NormPlace = ""
 
 
 @dataclass(frozen=True)
 class Stack:
     """A list of layers, and its own axis: the layers."""
 
-    name: str  # "encoder" or "decoder"
+    name: str  # encoder, decoder; text, vision, audio: the towers of a model that has several
     layers: str
     axis: Axis
     sublayers: tuple[Sublayer, ...]  # in the order in which a layer runs them

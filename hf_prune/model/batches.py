@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORE = -100
+SHIFT = "prepare_decoder_input_ids_from_labels"  # method of most models with an encoder and a language model
 TARGETS = ("labels", "start_positions", "end_positions")
+SOUND = {"input_values", "input_features"}
 LABEL_NAMES = {"label": "labels", "label_ids": "labels"}  # which transformers' collators rename, too
 HELD_OUT_EVERY = 5  # every fifth example accepts or refuses a repair
 BATCH_TOKENS = 2048  # of a batch drawn from a Dataset: a language model's logits are as wide as its vocabulary
@@ -216,12 +218,23 @@ def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tenso
             raise ValueError(
                 f"{type(model).__name__} needs labels or decoder_input_ids in every batch; found {sorted(batch)}."
             )
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=targets["labels"])
+        inputs["decoder_input_ids"] = _shifted(model, targets["labels"])
     return Batch(inputs, targets, held_out.to(model.device))
 
 
 def _is_seq2seq_lm(model: Any) -> bool:
-    return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
+    predicts = hasattr(model, SHIFT) or model.get_output_embeddings() is not None
+    return bool(model.config.is_encoder_decoder) and predicts
+
+
+def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads for these labels: those before them. Not every class has a method for it."""
+    if hasattr(model, SHIFT):
+        ids: torch.Tensor = getattr(model, SHIFT)(labels=labels)
+        return ids
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    before = torch.cat([start, labels[:, :-1]], 1)
+    return before.masked_fill(before == IGNORE, model.config.pad_token_id)
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:
@@ -245,11 +258,16 @@ def forward_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {**batch.inputs, **({"use_cache": False} if _takes(model, "use_cache") else {})}
 
 
-def _takes(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model has an argument, or hands it on to the one inside its head."""
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model has an argument, or hands it on to one inside it."""
+    from transformers import PreTrainedModel
+
     parameters = inspect.signature(model.forward).parameters
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return name in parameters or (hands_on and name in inspect.signature(model.base_model.forward).parameters)
+    inside = [model.base_model] if model.base_model is not model else model.children()
+    return name in parameters or (
+        hands_on and any(_takes(each, name) for each in inside if isinstance(each, PreTrainedModel))
+    )
 
 
 def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor | None:
@@ -263,6 +281,8 @@ def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor
             mask = batch.inputs.get("attention_mask")  # a classifier that feeds its input to both sides
     else:
         mask = batch.inputs.get("attention_mask")
+    if stack == "vision" or (stack == "encoder" and batch.inputs.keys() & SOUND):
+        return None  # patches, or more samples than tokens
     if mask is None or (mask.dim() != 2 and mask.shape != getattr(batch.inputs.get("input_ids"), "shape", None)):
         return None  # none, or one of pairs of tokens
     return mask.flatten().bool()

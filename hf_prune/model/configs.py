@@ -11,6 +11,10 @@ from typing import Any
 from torch import nn
 
 ALONG = re.compile(r"(^|_)layers?(_|$)|(^|_)blocks?_types?($|_)")  # keys of lists with an entry for each layer
+NUMBERS = ("mlp_only_layers",)  # keys of lists of layers' numbers
+BOUNDS = {  # keys of the number of the first layer of another sort, or (1) of the last
+    "first_k_dense_replace": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1,
+}  # fmt: skip
 
 
 def holder(config: Any, key: str) -> tuple[Any, str]:
@@ -65,27 +69,26 @@ def nested(config: Any) -> Iterator[Any]:
 def lists_along(config: Any) -> Iterator[tuple[str, Sequence[Any]]]:
     """The config's lists with an entry for each layer."""
     for key, value in list(config.__dict__.items()):
-        if isinstance(value, list | tuple) and ALONG.search(key):
+        if isinstance(value, list | tuple) and ALONG.search(key) and key not in NUMBERS:
             yield key, value
 
 
-STAGES = (
-    "stage_names",
-    "out_features",
-    "out_indices",
-)  # of backbones: a class makes them anew where they are not given
-
-
 def keep_layers_(config: Any, name: str, kept: Sequence[int]) -> None:
-    """Make a config say that only these layers are left of those that a key counts, in all its lists along them."""
+    """Make a config say that only these are left of the layers that a key counts, in all that tells layers apart."""
     of = getattr(config, name)
     for key, values in list(lists_along(config)):
         if len(values) == of:
             setattr(config, key, [values[index] for index in kept])
+    for key in NUMBERS:
+        if numbers := getattr(config, key, None):
+            setattr(config, key, [new for new, old in enumerate(kept) if old in numbers])
+    for key, last in BOUNDS.items():
+        if (bound := getattr(config, key, None)) is not None:
+            setattr(config, key, sum(old < bound + last for old in kept) - last)
     setattr(config, name, len(kept))
-    if vars(config).get("stage_names"):
-        rest = {key: value for key, value in config.to_dict().items() if key not in STAGES}
-        vars(config).update({k: v for k, v in vars(type(config).from_dict(rest)).items() if k.strip("_") in STAGES})
+    if hasattr(config, "stage_names"):  # of a backbone, whose layers are not dropped; other classes want them in order
+        config.stage_names = config.stage_names[: len(kept) + 1]
+        config.set_output_features_output_indices(None, None)
 
 
 def _unlike(configs: Any) -> list[Any]:

@@ -6,28 +6,31 @@ Shapes: T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-
-from .configs import nested
 
 
 def outside_macs(model: Any, layers: list[str], tokens: int | None) -> tuple[float, float]:
     """Multiply-adds outside the blocks: for each token, and for each example."""
     inside = tuple(f"{path}." for path in layers)
-    per_token = per_example = 0.0
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
+    outside = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
+    per_token = _over_time([module for module in outside.values() if isinstance(module, nn.Conv1d)])
+    per_example = 0.0
+    for name, module in outside.items():
+        if isinstance(module, nn.Conv2d):
             per_example += module.weight.numel() * _positions_of(model, module)
         elif _is_matrix(module) and _sees_tokens(model, name):
             per_token += module.weight.numel()
         elif _is_matrix(module):
             per_example += module.weight.numel()
     return (0.0, per_example + per_token * tokens) if tokens else (per_token, per_example)
+
+
+def _over_time(convolutions: list[nn.Conv1d]) -> float:
+    """Multiply-adds for each token of convolutions one after the other, each of which may shorten the sound."""
+    steps = [module.stride[0] for module in convolutions]
+    return float(sum(m.weight.numel() * math.prod(steps[i + 1 :]) for i, m in enumerate(convolutions)))
 
 
 def _is_matrix(module: Any) -> bool:
@@ -62,41 +65,46 @@ def other_elements(model: nn.Module, path: str, but: set[str]) -> int:
 def _positions_of(model: Any, convolution: Any) -> int:
     """Of a convolution over pixels, how often its kernel is applied to one image; 0 where the config does not say how
     large images are (sound has no set length)."""
-    config = _image_config(model)
-    if config is None or not isinstance(convolution, nn.Conv2d):
-        return 0
-    patch = config.patch_size
-    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
-    steps = (
-        max(stride, p) for stride, p in zip(convolution.stride, patches, strict=False)
-    )  # then a row for each patch
-    return math.prod(side // step for side, step in zip(_sides(config), steps, strict=False))
+    config = vision_config(model.config)
+    if not _has_images(config) or not isinstance(convolution, nn.Conv2d):
+        return max((image_tokens(model) or 0) - _special(model), 0)  # a picture of sound
+    sides, patch = _both(config.image_size), _both(config.patch_size)
+    steps = (max(stride, size) for stride, size in zip(convolution.stride, patch, strict=True))
+    return math.prod(side // step for side, step in zip(sides, steps, strict=True))  # behind the patches: one row each
 
 
-def _image_config(model: Any) -> Any:
-    """The config that says how large images and patches are; None where none does."""
-    return next((c for c in nested(model.config) if _is_size(c, "image_size") and _is_size(c, "patch_size")), None)
+def vision_config(config: Any) -> Any:
+    return getattr(config, "vision_config", config)
 
 
-def _is_size(config: Any, key: str) -> bool:
-    return isinstance(vars(config).get(key), int | list | tuple)
+def _has_images(config: Any) -> bool:
+    return all(isinstance(getattr(config, key, None), int | list | tuple) for key in ("image_size", "patch_size"))
 
 
-def _sides(config: Any) -> Sequence[int]:
-    size = config.image_size
-    return size if isinstance(size, list | tuple) else (size, size)
+def _both(size: Any) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+PICTURES = ("pixel_values", "input_values")  # of sound there are pictures, too
+SPECIAL = ("cls_token", "register_tokens", "distillation_token", "class_embedding")
 
 
 def image_tokens(model: Any) -> int | None:
-    """Tokens of one image: its patches and the special ones before them; None for text."""
-    if model.main_input_name != "pixel_values":
+    """Tokens of one image: its patches and the special ones before them; None for text, and for sound of any length."""
+    if model.main_input_name not in PICTURES:
         return None
-    found = [
-        p.shape[1] for name, p in model.named_parameters() if name.endswith("position_embeddings") and p.dim() == 3
-    ]
-    config = _image_config(model)
-    if found or config is None:
-        return found[0] if found else None
-    patch = config.patch_size
-    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
-    return 1 + math.prod(side // p for side, p in zip(_sides(config), patches, strict=False))
+    named = [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[0].endswith("embeddings")]
+    tables = [p.shape[1] for name, p in named if name.endswith("position_embeddings") and p.dim() == 3]
+    if tables or model.main_input_name != "pixel_values":
+        return tables[0] if tables else None
+    config = vision_config(model.config)
+    if not _has_images(config):
+        return None
+    sides, patch = _both(config.image_size), _both(config.patch_size)
+    return math.prod(side // size for side, size in zip(sides, patch, strict=True)) + _special(model)
+
+
+def _special(model: Any) -> int:
+    """Tokens before the patches."""
+    found = [p for name, p in model.named_parameters() if name.endswith(SPECIAL)]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for p in found)

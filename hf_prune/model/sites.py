@@ -75,6 +75,11 @@ class Site:
         """Input columns of the consumer."""
         return self.shapes[self._read.tensor][self._read.dim]
 
+    @property
+    def hidden(self) -> int:
+        """Width of the stream that the consumer adds to."""
+        return self.shapes[self._read.tensor][1 - self._read.dim]
+
     def axis(self, name: str) -> Axis | None:
         """The axis of this name, or the one that it is another word for."""
         return next((axis for axis in self.row.axes if name in (axis.name, axis.alias)), None)

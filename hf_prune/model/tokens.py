@@ -20,12 +20,12 @@ def token_parts(model: Any, layers: list[str]) -> tuple[Part, ...]:
 
     Tensors that are tied come once for each of their names.
     """
-    tables = list(embeddings(model))
-    if not tables:
+    embeddings = list(input_embeddings(model))
+    if not embeddings:
         return ()
-    rows, inside = tables[0].num_embeddings, tuple(f"{path}." for path in layers)
+    rows, inside = embeddings[0].num_embeddings, tuple(f"{path}." for path in layers)
     head = model.get_output_embeddings()
-    along = {id(module): (0, "carries") for module in tables if module.num_embeddings == rows}
+    along = {id(module): (0, "carries") for module in embeddings if module.num_embeddings == rows}
     if head is not None and head.weight.shape[0] == rows:
         along[id(head)] = (0, "makes")
     parts = [
@@ -41,7 +41,7 @@ def token_parts(model: Any, layers: list[str]) -> tuple[Part, ...]:
     return (*parts, *biases)
 
 
-def embeddings(model: Any) -> Iterator[nn.Embedding]:
+def input_embeddings(model: Any) -> Iterator[nn.Embedding]:
     """The input embeddings of a model, and of the models inside it."""
     from transformers import PreTrainedModel
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..model.batches import IGNORE, Batch, form, forward_inputs
-from ..model.tokens import embeddings
+from ..model.tokens import input_embeddings
 from ..model.weights import quiet
 from .losses import is_causal_lm, labels_of, problem_of
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # values in an error
 STUMBLES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError)  # of a model over foreign data
 
+PICTURES = ("pixel_values",)
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -41,13 +42,22 @@ def check_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         outputs_of(model, batch, row)
 
 
+def check_towers(stacks: Iterable[str], batches: Sequence[Batch]) -> None:
+    """Raise ValueError for text alone where the units of a vision tower are to be scored: all would count as idle."""
+    if "vision" in stacks and not all(batch.inputs.keys() & PICTURES for batch in batches):
+        raise ValueError(
+            f"This model has a vision tower, and some batches hold no picture ({', '.join(PICTURES)}): its units "
+            "cannot be scored. Give pictures beside the texts, or a plan= that keeps them."
+        )
+
+
 def _check_ids(model: PreTrainedModel, batch: Batch) -> None:
     main, found = model.main_input_name, sorted(batch.inputs)
     if main not in batch.inputs and "inputs_embeds" not in batch.inputs:
         raise ValueError(f"{type(model).__name__} reads {main}; the batches hold {', '.join(found) or 'no input'}.")
-    embedding = next(embeddings(model), None)
     for name, ids in batch.inputs.items():
-        if not name.endswith("input_ids") or embedding is None:
+        embedding = next(input_embeddings(model), None) if name.endswith("input_ids") else None
+        if embedding is None:
             continue
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() < 2:
             raise ValueError(

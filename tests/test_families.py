@@ -1,0 +1,104 @@
+"""The cheapest oracles, on every family: masked == cut, saved == reopened, stock where the row says so."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import (
+    ALL_CLASSES,
+    changed,
+    cut_everywhere,
+    distance,
+    keep,
+    outputs,
+    snapshot,
+    tiny_batch,
+    tiny_model,
+    within_reach,
+)
+
+from hf_prune import PruningConfig, describe, prune
+from hf_prune.model.mask import masked
+from hf_prune.plan import Kept, PruningPlan
+from hf_prune.repair.walk import improvement
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
+
+every_family = pytest.mark.parametrize("family", sorted(ALL_CLASSES))
+
+REFUSED = ("llava",)  # vision_feature_layer
+
+
+def cut_as_masked(model, plan, directory):
+    """Cut the model; its outputs are those of the masked one, and those of the model that is opened again."""
+    batch, anatomy = tiny_batch(model), describe(model)
+    dense = outputs(model, batch)
+    with masked(model, anatomy, plan):
+        wanted = outputs(model, batch)
+    prune(model, [batch], PruningConfig(repair="none"), plan=plan)
+    got = outputs(model, batch)
+    assert distance(got, wanted) <= 1e-4
+    assert distance(got, dense) > 1e-3
+    model.save_pretrained(directory)
+    again = type(model).from_pretrained(directory).eval()
+    assert distance(outputs(again, batch), got) <= 1e-5
+    assert describe(again).sizes == describe(model).sizes
+
+
+@every_family
+@pytest.mark.parametrize("shapes", ["uniform", "per_layer"])
+def test_masked_is_cut_is_reopened(family, shapes, tmp_path):
+    model = tiny_model(family)
+    cut_as_masked(model, cut_everywhere(describe(model), uniform=shapes == "uniform"), tmp_path)
+
+
+@every_family
+def test_all_kept_is_nothing_changed(family):
+    model = tiny_model(family)
+    outputs(model, tiny_batch(model))  # where hidden states are asked for, transformers hooks itself in for good
+    before = snapshot(model)
+    plan = PruningPlan(family, tuple(keep(site) for site in describe(model).sites))
+    prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan)
+    assert set(changed(before, model)) <= {"config"}
+
+
+def half(site):
+    """Half of the units, whole groups of heads; all where the stock config cannot say fewer."""
+    axis = site.outer
+    count = site.sizes[axis.name]
+    return keep(site, range(0 if axis.stock == "none" else count // 2, count), axis.name)
+
+
+@every_family
+def test_stock_where_the_row_says_so(family, tmp_path):
+    model = tiny_model(family)
+    sites = [half(site) for site in describe(model).sites]
+    if all(site.is_identity for site in sites):
+        pytest.skip("no axis that the stock config can size")
+    cut_as_masked(model, PruningPlan(family, tuple(sites)), tmp_path)
+    assert model.config.hf_prune["shapes"] == "stock"
+
+
+@every_family
+def test_layers_masked_are_layers_cut(family, tmp_path):
+    model = tiny_model(family)
+    anatomy = describe(model)
+    if model.config.model_type in REFUSED:
+        pytest.skip("refused: the config names a layer by its number")
+    stacks = [extent for extent in anatomy.extents if extent.path]
+    kept = {e.where[0]: [i for i in range(e.of) if i != max(e.axis.fixed, default=-1) + 1] for e in stacks}
+    layers = [Kept(e.where, "layers", e.of, tuple(kept[e.where[0]])) for e in stacks]
+    sites = [keep(site) for site in anatomy.sites if site.layer in kept[site.stack]]
+    cut_as_masked(model, PruningPlan(family, (*layers, *sites)), tmp_path)
+
+
+@every_family
+def test_pruned_and_repaired(family):
+    """Scored, cut and repaired: held-out rows come closer to what the dense sublayers gave."""
+    model = tiny_model(family)
+    data = [tiny_batch(model, batch=32, seed=seed) for seed in range(3)]
+    taught = "labels" in data[0] and (model.config.is_encoder_decoder or not type(model).__name__.endswith("Model"))
+    if not taught:
+        data = [{key: value for key, value in batch.items() if key != "labels"} for batch in data]
+    config = PruningConfig(metric="params", shapes="per_layer", criterion=None if taught else "hessian")
+    repairs = prune(model, data, within_reach(model, config)).report["repairs"]
+    assert improvement(repairs) < 1
