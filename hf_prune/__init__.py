@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.save import save_pretrained
     from .config import DistillationConfig, PruningConfig
     from .model.anatomy import describe
+    from .model.families import register_family
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
@@ -34,6 +35,7 @@ __all__ = [
     "describe",
     "measure",
     "prune",
+    "register_family",
     "save_pretrained",
     "verify",
 ]
@@ -51,6 +53,7 @@ _HOME = {
     "describe": "model.anatomy",
     "measure": "report.measure",
     "prune": "oneshot",
+    "register_family": "model.families",
     "save_pretrained": "checkpoint.save",
     "verify": "checkpoint.proof",
 }

@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import bench, card, demo, export, inspect, prune, push, train
+from . import bench, card, check, demo, export, families, inspect, prune, push, train
 
-COMMANDS = (demo, inspect, prune, train, bench, export, card, push)
+COMMANDS = (demo, inspect, check, families, prune, train, bench, export, card, push)
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)  # FileNotFoundError etc. are OSErrors
 OURS = (TypeError, RuntimeError)  # the user's to mend where hf_prune raised them, a bug where another library did
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in RuntimeErrors of torch

@@ -37,15 +37,43 @@ def load_model(name: str, task: str | None = None, **options: Any) -> PreTrained
     """
     import transformers
 
+    name, config = load_config(name, options.get("revision"))
+    opener = model_class(config, name) if task is None else getattr(transformers, TASKS[task])
+    with read_as(name, f"a {config.model_type} model{f' for {task}' if task else ''}"):
+        return opener.from_pretrained(name, **options).eval()
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """The config of a directory or Hub id, and the full path or id.
+
+    Raises:
+        FileNotFoundError: `name` is a path and not a Hub id, and no directory with a config.json is there.
+    """
+    import transformers
+
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists():  # no Hub id
         name = os.path.expanduser(name)
         if not Path(name, "config.json").is_file():
             raise FileNotFoundError(f"{name!r}: no directory with a config.json. Give one, or a Hub id (owner/name).")
     with read_as(name, "a model"):
-        config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
-    opener = model_class(config, name) if task is None else getattr(transformers, TASKS[task])
-    with read_as(name, f"a {config.model_type} model{f' for {task}' if task else ''}"):
-        return opener.from_pretrained(name, **options).eval()
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return name, transformers.AutoConfig.from_pretrained(name, **options)
+
+
+def remote_class(config: Any, name: str, revision: str | None = None) -> Any:
+    """The class that a model's own code gives; None: it brings none.
+
+    Raises:
+        OSError, ValueError: the code cannot be read.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = {key: path for key, path in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in key}
+    if not named:
+        return None
+    key = next((key for key in named if "For" in key), next(iter(named)))
+    with read_as(name, "a model with code of its own"):
+        return get_class_from_dynamic_module(named[key], name, revision=revision)
 
 
 def model_class(config: Any, name: str = "") -> Any:

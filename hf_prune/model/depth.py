@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .configs import holder, keep_layers_, lists_along
 from .sites import Extent
-
-if TYPE_CHECKING:
-    from .anatomy import Anatomy
 
 PERIODS = ("decoder_sparse_step", "moe_layer_interval")  # keys that make every n-th layer another sort
 BY_NUMBER = (  # keys by which layers are told apart
@@ -20,7 +17,7 @@ BY_NUMBER = (  # keys by which layers are told apart
 )  # fmt: skip
 
 
-def check_droppable(model: Any, anatomy: Anatomy) -> None:
+def check_droppable(model: Any, anatomy: Any) -> None:
     """Raise ValueError where no layers can go, where a list in the config does not fit them, or where their numbers
     tell them apart."""
     stacks = [extent for extent in anatomy.extents if extent.path and extent.axis.config]

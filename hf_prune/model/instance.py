@@ -96,7 +96,7 @@ def _bare(module: nn.Module) -> bool:
 
 
 def instance(
-    model_type: str | PreTrainedConfig, class_name: str | None = None, dtypes: Iterable[torch.dtype] = DTYPES
+    model_type: str | PreTrainedConfig, cls: type[PreTrainedModel] | None = None, dtypes: Iterable[torch.dtype] = DTYPES
 ) -> PreTrainedModel:
     """A small random model of a type, or of a config, that runs: in float64, or else in float32.
 
@@ -107,8 +107,7 @@ def instance(
     partial: list[PreTrainedModel] = []  # models that run, but not as a whole
     with quiet():
         config = _config(model_type)
-        names = [class_name] if class_name else [*(config.architectures or ()), *classes_of(config.model_type)]
-        for attempt in _attempts(config, list(dict.fromkeys(names))[:3], dtypes, reasons):
+        for attempt in _attempts(config, [cls] if cls else _classes(config), dtypes, reasons):
             if any(feed.method == "forward" for feed in feeds(attempt)):
                 return attempt
             partial.append(attempt)
@@ -117,27 +116,37 @@ def instance(
     raise ValueError("\n".join([f"No small instance of {config.model_type!r} runs:", *reasons]))
 
 
-def _attempts(
-    config: PreTrainedConfig, names: list[str], dtypes: Iterable[torch.dtype], reasons: list[str]
-) -> Iterator[PreTrainedModel]:
-    """Models that run, the best first; each failure adds a line to the reasons."""
+def _classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """The first classes of a config's type: its own architectures, then the most telling."""
     import transformers
 
+    names = dict.fromkeys([*(config.architectures or ()), *classes_of(config.model_type)])
+    found = (getattr(transformers, name, None) for name in names)
+    return [cls for cls in found if cls is not None][:3]
+
+
+def _attempts(
+    config: PreTrainedConfig,
+    classes: list[type[PreTrainedModel]],
+    dtypes: Iterable[torch.dtype],
+    reasons: list[str],
+) -> Iterator[PreTrainedModel]:
+    """Models that run, the best first; each failure adds a line to the reasons."""
     end = time.monotonic() + SECONDS
-    for name in names:
+    for cls in classes:
         for number, (small, reason) in enumerate(candidates(config)):
             for dtype in dtypes:
                 if small is None:
                     break
                 try:
-                    yield _running(getattr(transformers, name), small, dtype)
+                    yield _running(cls, small, dtype)
                     reason = "forward does not run"
                 except Exception as error:  # whatever a class dislikes
                     reason = reason_of(error)
                 if time.monotonic() > end:
-                    reasons.append(f"{name}, size {number}: {reason}; no time for more")
+                    reasons.append(f"{cls.__name__}, size {number}: {reason}; no time for more")
                     return
-            reasons.append(f"{name}, size {number}: {reason}")
+            reasons.append(f"{cls.__name__}, size {number}: {reason}")
 
 
 def _config(model_type: str | PreTrainedConfig) -> PreTrainedConfig:

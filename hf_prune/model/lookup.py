@@ -14,7 +14,7 @@ from . import derive, prove
 from .axes import Axis, Family, Stack
 from .configs import raw
 from .effects import Effect, Snapshot, effects, explicit
-from .families import registered
+from .families import HOW_TO_ADD, registered
 from .feed import feeds
 from .instance import build, instance, quiet, randomize_
 from .sites import find_sites
@@ -23,7 +23,7 @@ from .tokens import token_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_KNOWN: dict[tuple[type, str], Family | str] = {}
+_KNOWN: dict[tuple[type, str], Family] = {}
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -63,14 +63,19 @@ def derived(cls: type, config: Any) -> Family:
     Raises:
         ValueError: no small instance runs, or nothing is proven.
     """
-    with quiet():
-        model = instance(config, cls.__name__)
-        key = (cls, json.dumps(model.config.to_dict(), sort_keys=True, default=str))
-        if key not in _KNOWN:
-            _KNOWN[key] = derivation(model).family
+    no_row = f"hf_prune has no family row for model_type {config.model_type!r}, and none could be derived"
+    try:
+        with quiet():
+            model = instance(config, cls)
+            key = (cls, json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+            if key not in _KNOWN:
+                _KNOWN[key] = derivation(model).family
+    except ValueError as error:
+        raise ValueError(f"{no_row}: {error}. {HOW_TO_ADD}") from error
     found = _KNOWN[key]
-    if isinstance(found, str):
-        raise ValueError(found)
+    if not found.stacks and found.tokens is None:
+        reasons = "; ".join(f"{unit}: {reason}" for unit, reason in found.refused if unit != "keys")
+        raise ValueError(f"{no_row}: nothing is proven ({reasons or 'no key sizes a list of layers'}). {HOW_TO_ADD}")
     return found
 
 

@@ -102,6 +102,31 @@ def units(subject: Subject, stacks: Sequence[Stack]) -> str:
         return _short(error)
 
 
+def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
+    """Why sublayers, each cut to a size of its own in place, are not proven; "" where they are."""
+    try:
+        sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
+        kept = {site.key: _some(site, {site.outer.config: _own_count(site)}) for site in sites if site.active}
+        sites = [site for site in sites if site.active]
+        small = copy.deepcopy(subject.model)
+        for site in sites:
+            cut_(small.get_submodule(site.path), site, site.outer.name, kept[site.key])
+        masked = _masked(subject, sites, kept)
+        if distance(masked, subject.dense) < MATTERS * subject.tolerance:
+            return "the outputs do not depend on these units"
+        gap = distance(observed(small, list(subject.feeds)), masked)
+        return _unmoved(subject, sites) or (
+            f"cut in place, the outputs differ by {gap:.1e}" if gap > subject.tolerance else ""
+        )
+    except Exception as error:
+        return _short(error)
+
+
+def _own_count(site: Site) -> int:
+    of = site.sizes[site.outer.name]
+    return max(1, of // 2 - (0 if site.inner.tied else site.layer % 2))
+
+
 def _smaller(sites: Sequence[Site]) -> dict[str, int]:
     """A smaller size for each key: half of the outer units, with all that they hold."""
     site = sites[0]

@@ -1,0 +1,215 @@
+"""What can be cut from which model type: rows from the hand-written families, and from what is derived and proven.
+
+`families.json` beside this file is what `hf-prune families --prove` found, with its date and the versions.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from ..model.axes import Family
+from ..model.families import FAMILIES, registered
+from ..model.instance import classes_of, instance, quiet
+from ..model.lookup import Derivation, derivation
+from ..model.sites import find_sites
+
+FILE = Path(__file__).with_name("families.json")
+UNITS = ("neurons", "heads", "layers", "tokens")  # KV groups go with their heads
+SECONDS = 90  # for one type
+FORMS = {"stock": "stock", "per_layer": "per layer", "": "–"}
+
+Row = dict[str, Any]
+
+
+def all_types() -> list[str]:
+    """The model types that transformers has a class for, and those with a row."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return sorted({*(name for name in CONFIG_MAPPING_NAMES if classes_of(name)), *FAMILIES})
+
+
+def read() -> dict[str, Any]:
+    """What was proven last: date, versions, and a row for each type."""
+    found: dict[str, Any] = json.loads(FILE.read_text())
+    return found
+
+
+def prove(types: Sequence[str], workers: int = 2) -> Iterator[Row]:
+    """A row for each type as it is done, each proven anew in a process that cannot disturb the others."""
+    with get_context("fork").Pool(workers, maxtasksperchild=8) as pool:
+        yield from pool.imap_unordered(row_of, types)
+
+
+def row_of(model_type: str) -> Row:
+    """What can be cut from models of a type, in stock shapes and per layer, and why what cannot is refused."""
+    started = time.monotonic()
+    try:
+        with quiet(), _at_most(SECONDS):
+            model = instance(model_type)
+            found = derivation(model)
+    except Exception as error:  # whatever a class does
+        return {"type": model_type, "why": _short(error), "seconds": round(time.monotonic() - started, 1)}
+    hand = registered(model_type)
+    row: Row = {
+        "type": model_type,
+        "class": found.class_name,
+        "by": "hand" if hand else "derived",
+        "stock": _stock(hand, found),
+        "per_layer": _per_layer(hand),
+        "derived": {unit: keys for unit, keys in found.proven.items() if unit in UNITS},
+        "refused": {},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if hand:
+        row["differs"] = differences(model, hand, found)
+    here = {*row["stock"], *row["per_layer"]}
+    row["refused"] = {unit: reasons(found, unit)[:200] for unit in UNITS if unit not in here}
+    return row
+
+
+def reasons(found: Derivation, unit: str) -> str:
+    return "; ".join(dict.fromkeys(found.refused.get(unit, ()))) or "no key of the config sizes it"
+
+
+def _short(error: Exception) -> str:
+    """The last line of an error: of many small configs that do not run, why the last does not."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"[:240]
+
+
+def _stock(hand: Family | None, found: Derivation) -> list[str]:
+    """Units that a stock config can have fewer of: by the row, and by what is proven."""
+    said = {_unit(axis.name) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
+    return [unit for unit in UNITS if unit in said or found.proven.get(unit)]
+
+
+def _per_layer(hand: Family | None) -> list[str]:
+    """Units of which every layer can have other numbers: with a row, those of its sublayers."""
+    said = {_unit(axis.name) for axis in _axes(hand)} if hand else set()
+    return [unit for unit in UNITS if unit in said]
+
+
+def _axes(family: Family | None) -> list[Any]:
+    return [axis for stack in (family.stacks if family else ()) for row in stack.sublayers for axis in row.axes]
+
+
+def _unit(axis: str) -> str:
+    return "heads" if axis == "kv_groups" else axis
+
+
+def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
+    """Where a hand-written row and the derived one do not say the same of a small instance."""
+    ours = {f"{site.path}.{site.consumer}": site for site in find_sites(model, hand)}
+    shown = replace(found.family, stacks=tuple(s for s in found.family.stacks if s.sublayers))
+    theirs = find_sites(model, shown) if shown.stacks else []
+    wrong = []
+    for site in theirs:
+        own = ours.get(f"{site.path}.{site.consumer}")
+        if own is None:
+            wrong.append(f"{site.name}: only derived ({site.consumer})")
+        elif _said(own) != _said(site):
+            wrong.append(f"{site.name}: {sorted(_said(own) ^ _said(site))[:2]}")
+    return wrong
+
+
+def _said(site: Any) -> set[tuple[Any, ...]]:
+    """What a site says: which tensors its units run along, in which order, and what sizes them."""
+    parts = {(p.tensor, p.dim, p.axes, p.times if not p.single else 0) for p in site.parts if p.role != "carries"}
+    return parts | {(axis.name, axis.config, site.sizes[axis.name]) for axis in site.row.axes}
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Stop with a TimeoutError after so many seconds; in the main thread of a process."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def save(rows: Iterable[Row], date: str) -> None:
+    """Write what was proven, a line for each type."""
+    import torch
+    import transformers
+
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in sorted(rows, key=lambda row: row["type"]))
+    head = {"date": date, "transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    write_text(FILE, f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
+def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """How many types can have fewer of each unit, in stock shapes and only per layer."""
+    ran = [row for row in rows if "why" not in row]
+    return {
+        unit: {
+            "stock": sum(unit in row["stock"] for row in ran),
+            "per layer only": sum(unit in row["per_layer"] and unit not in row["stock"] for row in ran),
+        }
+        for unit in UNITS
+    }
+
+
+def table_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Of each type the form of each unit; of types that do not run the reason."""
+    return [
+        {"model type": row["type"], "row": row.get("by", "–")}
+        | {unit: FORMS[form_of(row, unit)] for unit in UNITS}
+        | {"refused": row.get("why") or "; ".join(f"{unit}: {why}" for unit, why in row["refused"].items())}
+        for row in rows
+    ]
+
+
+def form_of(row: Mapping[str, Any], unit: str) -> str:
+    """The plainest form in which a type can have fewer of a unit; "": none."""
+    return next((form for form in ("stock", "per_layer") if unit in row.get(form, ())), "")
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The page of the documentation."""
+    rows = found["rows"]
+    ran = [row for row in rows if "why" not in row]
+    total = "\n".join(f"| {unit} | {each['stock']} | {each['per layer only']} |" for unit, each in counts(rows).items())
+    lines = "\n".join(
+        f"| {row['type']} | {row['by']} | {' | '.join(FORMS[form_of(row, unit)] for unit in UNITS)} |" for row in ran
+    )
+    rest = "\n".join(f"- `{row['type']}`: {row['why']}" for row in rows if "why" in row)
+    return PAGE.format(**{**found, "rows": lines, "total": total, "rest": rest, "ran": len(ran), "all": len(rows)})
+
+
+PAGE = """# What can be cut from which model type
+
+Made by `hf-prune families --prove` (`make test-families`) on {date} with transformers {transformers} and torch {torch};
+not edited by hand. Each type is built small in float64 and cut: its outputs must equal those of the masked model, in
+place and built anew from the smaller config, and every matrix that is sliced must matter to them. "stock": a plain
+checkpoint says it, the same number in every layer. "per layer": only hf_prune's loader opens it. "hand": a row in
+`hf_prune/model/families`; "derived": the model's own config told. `hf-prune check MODEL` does the same for one model.
+
+{ran} of {all} types run as a small instance.
+
+| units | stock | only per layer |
+|---|--:|--:|
+{total}
+
+| model type | row | neurons | heads | layers | tokens |
+|---|---|---|---|---|---|
+{rows}
+
+## Types of which no small instance runs here
+
+{rest}
+"""
