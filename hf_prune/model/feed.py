@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FIRST_ID = 24  # special tokens lie below
-MOST_TRIES = 60
+MOST_TRIES = 60  # of each method
 
 LETTERS: dict[str, tuple[tuple[str, ...], int]] = {  # letter: config keys that say how many, or else this many
     "C": (("num_channels", "in_channels", "in_chans", "n_channels"), 3),
@@ -66,6 +66,7 @@ WHOLE: dict[str, tuple[str | int, ...]] = {  # of arguments of whole numbers
     "video_grid_thw": (1, 3),
     "grid_thw": (1, 3),
     "merge_sizes": (1,),
+    "image_sizes": ("B", 2),
     "spatial_shapes": ("B", 2),
     "pixel_attention_mask": ("B", "P"),
     "input_features_mask": ("B", "N"),
@@ -78,6 +79,7 @@ WHOLE: dict[str, tuple[str | int, ...]] = {  # of arguments of whole numbers
 FILLS: tuple[tuple[str, Callable[[tuple[int, ...]], torch.Tensor]], ...] = (  # what whole numbers are, by their name
     (r"grid_thw$", lambda size: torch.tensor([[1, 4, 4]])),
     (r"position_ids$", lambda size: torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(size)),
+    (r"^image_sizes$", lambda size: torch.full(size, 16)),
     (r"^spatial_shapes$", lambda size: torch.full(size, 4)),
     (r"^bbox$", lambda size: torch.arange(10, 10 + math.prod(size)).reshape(size)),
     (r"mel_mask$", lambda size: torch.zeros(size, dtype=torch.bool)),
@@ -104,8 +106,10 @@ WAYS: tuple[tuple[str, ...], ...] = (  # optional arguments to give together, be
     ("pixel_values", "grid_thw"),
     ("pixel_values", "spatial_shapes", "pixel_attention_mask"),
     ("pixel_values", "image_position_ids"),
+    ("pixel_values", "image_sizes"),
     ("input_features", "input_features_mask"),
     ("input_features", "attention_mask"),
+    ("input_features", "feature_attention_mask"),
     ("input_ids", "encoder_hidden_states"),
     ("query_embeds", "encoder_hidden_states"),
     ("flattened_patches", "decoder_input_ids"),
@@ -137,7 +141,7 @@ def feeds(model: PreTrainedModel, seed: int = 0) -> list[Feed]:
     missing = {name for name, weight in model.named_parameters() if weight.requires_grad}
     found: list[Feed] = []
     reasons: list[str] = []
-    for feed in itertools.islice(_tries(model, seed), MOST_TRIES):
+    for feed in _tries(model, seed):
         try:
             reached = _reached(model, feed)
         except Exception as error:  # a wrong guess may fail in any way
@@ -193,7 +197,7 @@ def _reached(model: PreTrainedModel, feed: Feed) -> set[str]:
 def _tries(model: PreTrainedModel, seed: int) -> Iterator[Feed]:
     for method in METHODS:
         if hasattr(model, method):
-            for inputs in _arguments(model, method, seed):
+            for inputs in itertools.islice(_arguments(model, method, seed), MOST_TRIES):
                 yield Feed(method, inputs)
 
 
@@ -243,7 +247,6 @@ def _values(model: PreTrainedModel, name: str, size: tuple[int, ...], generator:
     if name in SHAPES:
         return torch.randn(size, generator=generator).to(model.device, model.dtype)
     if name.endswith("input_ids"):
-        text = model.config.get_text_config()
-        vocabulary = getattr(text, "vocab_size", None) or _count(model.config, ("vocab_size",), 128)
+        vocabulary = _count(model.config, ("vocab_size",), 128)
         return torch.randint(FIRST_ID, max(vocabulary, FIRST_ID + 2), size, generator=generator).to(model.device)
     return next(fill(size) for pattern, fill in FILLS if re.search(pattern, name)).to(model.device)

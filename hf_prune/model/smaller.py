@@ -202,10 +202,12 @@ def _fewer_layers(values: dict[str, Any], stages: int = 1) -> dict[str, Any]:
 
 
 def _each_kind(rows: list[tuple[Any, ...]], least: int) -> list[int]:
-    """Indices of the first layer of each kind (six at most), and of others until there are enough."""
-    firsts = list({repr(row): index for index, row in reversed(list(enumerate(rows)))}.values())
-    order = [*sorted(firsts)[:6], *(index for index in range(len(rows)) if index not in firsts)]
-    return sorted(order[: max(least, min(len(firsts), 6))])
+    """Indices of two layers of each kind (some share weights with the first), of six in all, and at least some."""
+    kinds: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        kinds.setdefault(repr(row), []).append(index)
+    order = sorted(range(len(rows)), key=lambda index: kinds[repr(rows[index])].index(index))
+    return sorted(order[: max(least, min(2 * len(kinds), 6))])
 
 
 def _rotary(values: dict[str, Any], small: dict[str, Any], multimodal: bool) -> dict[str, Any]:
