@@ -77,11 +77,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("opening", "texts", "evaluation"),
     "export": ("kernels", "onnx", "gguf"),
     "report": (
-        "table", "quote", "plots", "render", "families", "check", "anatomy", "estimate", "resident", "measure", "int8", "engines",
-        "evidence", "card",
+        "table", "quote", "plots", "render", "families", "check", "anatomy", "estimate", "resident", "measure", "int8",
+        "engines", "evidence", "card",
     ),
     "cli": (
-        "common", "recipe", "bench", "card", "check", "demo", "export", "families", "inspect", "prune", "push", "train", "main",
+        "common", "recipe", "bench", "card", "check", "demo", "export", "families", "inspect", "prune", "push", "train",
+        "main",
     ),
 }  # fmt: skip
 EXCEPTIONS = {("train/card", "report")}  # the card of what a trainer saves, imported when it is written

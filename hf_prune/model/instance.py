@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .feed import feeds
+from .feed import Feed, feeds
 from .smaller import candidates, reason_of, small_configs
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ TASKS = (  # heads that read the whole output come first, the bare model where n
 
 
 def classes_of(model_type: str) -> list[str]:
-    """Names of the classes of a model type, the most telling first."""
+    """Names of the classes of a model type, the most telling first; those of a part of it come last."""
     from transformers.models.auto import modeling_auto
 
     tables = {key: table for key, table in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING_NAMES", key)}
@@ -44,7 +44,18 @@ def classes_of(model_type: str) -> list[str]:
     for key in (*order, *tables):
         names = tables.get(key, {}).get(model_type, ())
         found += [names] if isinstance(names, str) else names
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda name: _is_of_a_part(name, model_type))
+
+
+def _is_of_a_part(name: str, model_type: str) -> bool:
+    """Does a class read the config of another type, such as that of the text tower?"""
+    import transformers
+
+    try:
+        read = getattr(getattr(transformers, name, None), "config_class", None)
+    except ImportError:  # of a package that is not installed
+        return False
+    return getattr(read, "model_type", model_type) != model_type
 
 
 # --- a small model ---------------------------------------------------------------------------------------------------
@@ -81,18 +92,14 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
             done.add(id(weight))
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             if weight.dim() > 1:
-                fan = max(weight.shape[1:]) if weight.dim() == 3 and _bare(module) else weight[0].numel()
+                matrices = weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)  # of experts
+                fan = max(weight.shape[1:]) if matrices else weight[0].numel()
                 weight.copy_(noise * min(0.5, 1.3 / max(fan, 1) ** 0.5))
             else:
                 weight.add_(noise * 0.1)
         for name, buffer in module.named_buffers(recurse=False):
             if name in ("running_mean", "running_var"):
                 buffer.add_(torch.rand(buffer.shape, generator=generator).to(buffer))
-
-
-def _bare(module: nn.Module) -> bool:
-    """Has the module weights of many matrices, such as experts, and is no convolution?"""
-    return not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def instance(
@@ -107,8 +114,8 @@ def instance(
     partial: list[PreTrainedModel] = []  # models that run, but not as a whole
     with quiet():
         config = _config(model_type)
-        for attempt in _attempts(config, [cls] if cls else _classes(config), dtypes, reasons):
-            if any(feed.method == "forward" for feed in feeds(attempt)):
+        for attempt, first in _attempts(config, [cls] if cls else _classes(config), dtypes, reasons):
+            if first.method == "forward":
                 return attempt
             partial.append(attempt)
     if partial:
@@ -130,8 +137,8 @@ def _attempts(
     classes: list[type[PreTrainedModel]],
     dtypes: Iterable[torch.dtype],
     reasons: list[str],
-) -> Iterator[PreTrainedModel]:
-    """Models that run, the best first; each failure adds a line to the reasons."""
+) -> Iterator[tuple[PreTrainedModel, Feed]]:
+    """Models that run and the first feed of each, the best first; each failure adds a line to the reasons."""
     end = time.monotonic() + SECONDS
     for cls in classes:
         for number, (small, reason) in enumerate(candidates(config)):
@@ -139,7 +146,8 @@ def _attempts(
                 if small is None:
                     break
                 try:
-                    yield _running(cls, small, dtype)
+                    model = _sized(cls, small, dtype)
+                    yield model, feeds(model)[0]
                     reason = "forward does not run"
                 except Exception as error:  # whatever a class dislikes
                     reason = reason_of(error)
@@ -155,13 +163,12 @@ def _config(model_type: str | PreTrainedConfig) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type]() if isinstance(model_type, str) else model_type
 
 
-def _running(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _sized(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     count = sum(weight.numel() for weight in build(cls, config, "meta", dtype).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"{count / 1e6:.0f}M parameters")
     model = build(cls, config, dtype=dtype)
     randomize_(model)
-    feeds(model)
     return model
 
 

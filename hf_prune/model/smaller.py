@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SIZES: tuple[dict[str, int], ...] = (  # the last one keeps widths as they are
-    {"hidden": 96, "ffn": 80, "heads": 6, "kv": 3, "head_dim": 16, "ssm_heads": 12, "image": 16, "patch": 4},
-    {"hidden": 96, "ffn": 80, "heads": 6, "kv": 3, "head_dim": 16, "ssm_heads": 12},
-    {"hidden": 128, "ffn": 160, "heads": 4, "kv": 2, "head_dim": 32, "ssm_heads": 8, "image": 32, "patch": 4},
-    {"hidden": 128, "ffn": 160, "heads": 4, "kv": 4, "head_dim": 32, "ssm_heads": 8},
+NARROW = {"hidden": 96, "ffn": 80, "heads": 6, "kv": 3, "head_dim": 16, "ssm_heads": 12, "ratio": 1}
+WIDER = {"hidden": 128, "ffn": 160, "heads": 4, "kv": 2, "head_dim": 32, "ssm_heads": 8, "ratio": 1}
+SIZES: tuple[dict[str, int], ...] = (  # the last two keep the proportions of widths, and widths as they are
+    {**NARROW, "image": 16, "patch": 4},
+    NARROW,
+    {**WIDER, "image": 32, "patch": 4},
+    {**WIDER, "kv": 4},
+    {**NARROW, "wanted": 1},
+    {"shrink": 8, "ratio": 1},
     {},
 )
 SWAPS = {  # what a key says about others: latent attention has no groups, Mamba-2 the heads that its inner width needs
@@ -43,7 +47,7 @@ BOUNDS: tuple[tuple[str, float | str], ...] = (  # the first pattern that matche
     (r"(intermediate_size.*|ffn_dim|d_ff|n_inner|mlp_dim|dim_feedforward|ffn_hidden_size|d_inner|linear_units|"
      r"channels_mlp_dim|tokens_mlp_dim)$", "ffn"),
     (r"^((.*_)?hidden_size|hidden_dim|d_model|n_embd|dim|embed_dim|model_dim|word_embed_proj_dim|projection_dim"
-     r"|(en|de)coder_embed_dim|(en|de)coder_hidden_dim|.*width|emb_dim|output_dim|embedding_size)$", "hidden"),
+     r"|(en|de)coder_(embed|hidden)_dim|.*width|emb_dim|output_dim|output_channels|embedding_size)$", "hidden"),
     (r"^(hidden_size|embed_dim|vocab_size)_per_layer_input$", 24),
     (r"^((moe_)?num_(local_|routed_)?experts|n_routed_experts)$", 6),
     (r"^(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|num_selected_experts)$", 2),
@@ -55,21 +59,33 @@ BOUNDS: tuple[tuple[str, float | str], ...] = (  # the first pattern that matche
     (r"^expert_layer_offset$", 1),
     (r"(position_embeddings|n_positions|_positions|max_seq_len|n_ctx|max_sequence_length|max_seq_length)$", 64),
     (r"^num_queries$", 12),
+    (r"^(num|n)_filters$", 8),
     (r"(tokens_per_image|image_tokens)$", 4),
-    (r"^(width|depth)_(coefficient|multiplier)$", 1.0),
-    (r"^image_size$", "image"),
+    (r"^width_coefficient$", "ratio"),
+    (r"^depth_coefficient$", 1),
+    (r"^(context_size|attention_window)$", 8),
+    (r"^(image|input|img|pretrain_image)_size$", "image"),
     (r"^patch_size$", "patch"),
 )  # fmt: skip
 LAYERS = r"(^|_)(n_layers?|num_layers|layers|depth|num_blocks|num_hidden_layers|block_count)$"
 NO_LAYERS = r"feat_extract|adapter|cnn|conv|min_|mult|shared|nextn|mtp|dense_l|moe_l|only|lstm|head_depth"
 PERIODS = r"(period|interval|frequency|sparse_step)$"
-INDICES = r"(index(es)?|indices|attn_idx|only_layers)$"
+INDICES = r"(index(es)?|indices|attn_idx|only_layers|feature_layers?)$"
 WIDTHS = r"(hidden_sizes|embed_dims?|dims|conv_dim|tdnn_dim|widths?)$"
+SHRINKS = r"(dim|size|channels|width|features|rank|groups|filters|d_model|d_ff|n_embd|n_inner|d_kv)s?$"
+STAYS = r"image|patch|kernel|window|vocab|codebook_size|merge|chunk|input_size|tubelet|num_features"
 TOKENS = r"token_(id|index)$|^(pad|bos|eos|unk|mask|cls|sep)_(index|id)$"
 LEFT_OUT = (
     "id2label", "label2id", "stage_names", "out_indices", "out_features", "transformers_version", "dtype",
+    "quantization_config", "ignore_keys_at_rope_validation",
 )  # fmt: skip
-WANTED = {"prediction_length": 8, "num_experts_per_tok": 2}  # keys that a class gives no value but needs
+WANTED = {  # keys that a class gives no value but needs
+    "prediction_length": 8, "num_experts_per_tok": 2, "vocab_size": 128, "head_dim": 16, "top_k_experts": 2,
+    "num_key_value_heads": 6,
+}  # fmt: skip
+WANTED_AT_LAST = {  # where nothing else builds: no value may mean that there is no such thing
+    "n_routed_experts": 6, "num_experts": 6, "n_shared_experts": 1, "moe_intermediate_size": 80, "pad_token_id": 0,
+}  # fmt: skip
 STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {  # for sub-models of packages that are not installed
     "timm_backbone": ("resnet", {"embedding_size": 8, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
 }
@@ -93,15 +109,18 @@ def candidates(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig | No
 
 def _smaller(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:
     values = {key: value for key, value in vars(config).items() if not key.startswith("_") and key not in LEFT_OUT}
-    values |= {key: value for key, value in WANTED.items() if values.get(key, 0) is None}
+    wanted = WANTED if "wanted" not in sizes else WANTED | WANTED_AT_LAST
+    values |= {key: value for key, value in wanted.items() if values.get(key, 0) is None}
     for key, (size, other) in SWAPS.items():
         if key in values and sizes:
             sizes = {**sizes, size: sizes[other]}
     small = {key: _small(key, value, sizes) for key, value in values.items()}
-    layers = _fewer_layers(small)
-    small |= layers
-    small |= _rotary(values, small, bool(sizes) and _multimodal(inspect.getfile(type(config))))
-    derived = _derived(type(config), values) - {*layers}
+    stages = len(vars(config).get("_out_indices") or ())
+    small |= (changed := _fewer_layers(small, stages))
+    rotary = _rotary(values, small, bool(sizes) and _multimodal(inspect.getfile(type(config))))
+    small |= rotary
+    changed |= {key: value for key, value in rotary.items() if value != values[key]}
+    derived = _derived(type(config), values) - {*changed}
     again = type(config)(**{key: value for key, value in small.items() if key not in derived})
     stuck = {key for key in derived if vars(again).get(key) == values[key] != small[key]}
     if not stuck:
@@ -133,13 +152,15 @@ def _small(key: str, value: Any, sizes: dict[str, int]) -> Any:
     if hasattr(value, "sub_configs"):
         return _stand_in(value) or _smaller(value, sizes)
     if isinstance(value, list | tuple):
-        if re.search(WIDTHS, key) and sizes and len(value) > 1 and all(type(width) is int for width in value):
+        if "hidden" in sizes and re.search(WIDTHS, key) and {type(part) for part in value} == {int}:
             return [max(1, width * 8 // max(min(value), 8)) for width in value]
         return [_small(key, part, sizes) for part in value]
     if type(value) not in (int, float):
         return value
     if re.search(TOKENS, key) and type(value) is int:
         return value if value < 20 else 8 + sum(map(ord, key)) % 16  # below the ids of a feed
+    if "shrink" in sizes and re.search(SHRINKS, key) and not re.search(STAYS, key):
+        return value // sizes["shrink"] if type(value) is int and value >= 64 else value
     bound = _bound(key)
     most = sizes.get(bound) if isinstance(bound, str) else bound
     return value if most is None else type(value)(min(value, most))
@@ -156,13 +177,13 @@ def _stand_in(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return make(**values, out_indices=vars(config).get("_out_indices"))
 
 
-def _fewer_layers(values: dict[str, Any]) -> dict[str, Any]:
+def _fewer_layers(values: dict[str, Any], stages: int = 1) -> dict[str, Any]:
     """Layer counts of 3 to 6, lists along the layers with each kind of layer, and indices of layers that are there."""
     counts = {
         key: value for key, value in values.items()
         if type(value) is int and re.search(LAYERS, key) and not re.search(NO_LAYERS, key)
     }  # fmt: skip
-    least = 4 if any(re.search(PERIODS, key) for key in values) else 3
+    least = max(4 if any(re.search(PERIODS, key) for key in values) else 3, stages)
     found: dict[str, Any] = {key: min(value, least) for key, value in counts.items()}
     for count in set(counts.values()):
         along = [key for key, value in values.items() if isinstance(value, list) and len(value) == count > least]
@@ -170,40 +191,50 @@ def _fewer_layers(values: dict[str, Any]) -> dict[str, Any]:
         found |= {key: [values[key][index] for index in chosen] for key in along}
         found |= {key: len(chosen) for key, value in counts.items() if value == count and along}
     last = min((found[key] for key in counts), default=3) - 1
+    if stages > 1:
+        top = len(values.get("depths") or ()) or max((found[key] for key in counts), default=3)
+        found["out_indices"] = [*range(top - stages + 1, top + 1)]
     for key, value in values.items():
         if re.search(INDICES, key) and isinstance(value, list) and all(type(index) is int for index in value):
-            found[key] = sorted({min(index, last) for index in value})
+            found[key] = sorted({max(min(index, last), -last - 1) for index in value})
         if key == "depths" and isinstance(value, list):
             found[key] = [min(depth, 2) for depth in value]
     return found
 
 
 def _each_kind(rows: list[tuple[Any, ...]], least: int) -> list[int]:
-    """Indices of the first layer of each kind (six at most), and of others until there are enough."""
-    firsts = list({repr(row): index for index, row in reversed(list(enumerate(rows)))}.values())
-    order = [*sorted(firsts)[:6], *(index for index in range(len(rows)) if index not in firsts)]
-    return sorted(order[: max(least, min(len(firsts), 6))])
+    """Indices of two layers of each kind (some share weights with the first), of six in all, and at least some."""
+    kinds: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        kinds.setdefault(repr(row), []).append(index)
+    order = sorted(range(len(rows)), key=lambda index: kinds[repr(rows[index])].index(index))
+    return sorted(order[: max(least, min(2 * len(kinds), 6))])
 
 
 def _rotary(values: dict[str, Any], small: dict[str, Any], multimodal: bool) -> dict[str, Any]:
     """Rotary parameters with lists as long as the new heads are wide."""
 
     def width(of: dict[str, Any]) -> int:
-        return of.get("head_dim") or of.get("hidden_size", 1) // of.get("num_attention_heads", 1)
+        wide = of.get("qk_rope_head_dim") or of.get("head_dim")
+        return wide or of.get("hidden_size", 1) // of.get("num_attention_heads", 1)
 
     def fit(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            half = int(width(values) * value.get("partial_rotary_factor", 1.0)) // 2
-            added = {"mrope_section": [half]} if multimodal and "rope_theta" in value else {}
-            return {name: fit(name, part) for name, part in (added | value).items()}
+            half = int(width(small) * (value.get("partial_rotary_factor") or 1)) // 2
+            turned = multimodal and value.keys() & {"rope_theta", "rope_type"}
+            added = {"mrope_section": _thirds(half)} if turned else {}
+            return added | {name: fit(name, part) for name, part in value.items()}
         if not isinstance(value, list):
             return value
-        if key != "mrope_section":
-            return value[: len(value) * width(small) // width(values)]
-        total = sum(value) * width(small) // width(values)
-        return [total - 2 * (total // 3), total // 3, total // 3]
+        count = len(value) * width(small) // width(values)
+        return _thirds(round(sum(value) * width(small) / width(values))) if key == "mrope_section" else value[:count]
 
-    return {key: fit(key, value) for key, value in small.items() if key.startswith("rope_") and isinstance(value, dict)}
+    mine = {key: value for key, value in small.items() if re.match("rope_|mrope_section", key)}
+    return {key: fit(key, value) for key, value in mine.items() if isinstance(value, dict | list)}
+
+
+def _thirds(total: int) -> list[int]:
+    return [total - 2 * (total // 3), total // 3, total // 3]
 
 
 @cache

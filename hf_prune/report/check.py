@@ -35,7 +35,8 @@ def _of_hand(model: Any, hand: Family) -> Iterator[Row]:
     subject = prove.Subject(model, feeds(model))
     for stack in hand.stacks:
         for row in stack.sublayers:
-            reason = prove.per_layer(subject, [replace(stack, sublayers=(row,))])
+            alone = [replace(other, sublayers=(row,) if other is stack else ()) for other in hand.stacks]
+            reason = prove.per_layer(subject, alone)
             axes = " in ".join(axis.name for axis in reversed(row.axes))
             yield {
                 "row": "hand",
