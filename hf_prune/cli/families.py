@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from datetime import date
+from typing import Any
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -31,14 +33,7 @@ def run(options: argparse.Namespace) -> None:
     if options.save and not options.prove:
         raise ValueError("--save keeps what --prove finds: give both.")
     if options.prove:
-        found = {"rows": _proven(options.types or known)}
-        if options.save:
-            kept = (
-                {row["type"]: row for row in families.read()["rows"]}
-                if options.types and families.FILE.exists()
-                else {}
-            )
-            families.save((kept | {row["type"]: row for row in found["rows"]}).values(), date.today().isoformat())
+        found = {"rows": _proven(options.types or known, save=options.save, keep=bool(options.types))}
     else:
         found = families.read()
         found["rows"] = [row for row in found["rows"] if not options.types or row["type"] in options.types]
@@ -53,9 +48,22 @@ def run(options: argparse.Namespace) -> None:
             screen.print(f"{unit}: {each['stock']} types in stock shapes, {each['per layer only']} more per layer")
 
 
-def _proven(types: list[str]) -> list[dict]:
+def _proven(types: list[str], save: bool, keep: bool) -> list[dict[str, Any]]:
+    """The rows of these types; saved every minute, so that what is done is not lost.
+
+    Args:
+        keep: leave the rows of other types in the table as they are.
+    """
     from tqdm.auto import tqdm
 
-    from ..report.families import prove
+    from ..report import families
 
-    return list(tqdm(prove(types), total=len(types), desc="proving", file=sys.stderr))
+    rows: dict[str, dict[str, Any]] = {}
+    before = {row["type"]: row for row in families.read()["rows"]} if keep and families.FILE.exists() else {}
+    saved = time.monotonic()
+    for row in tqdm(families.prove(types), total=len(types), desc="proving", file=sys.stderr):
+        rows[row["type"]] = row
+        if save and (time.monotonic() > saved + 60 or len(rows) == len(types)):
+            families.save((before | rows).values(), date.today().isoformat())
+            saved = time.monotonic()
+    return list(rows.values())

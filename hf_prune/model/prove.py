@@ -97,7 +97,7 @@ def units(subject: Subject, stacks: Sequence[Stack]) -> str:
         sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
         values = _smaller(sites)
         kept = {site.key: _some(site, values) for site in sites}
-        return _unmoved(subject, sites) or _differs(subject, sites, values, kept)
+        return _unmoved(subject, sites) or _differs(subject, sites, values, kept) or _linear(subject, sites)
     except Exception as error:  # a wrong row fails in many ways
         return _short(error)
 
@@ -150,6 +150,24 @@ def _unmoved(subject: Subject, sites: Sequence[Site]) -> str:
             if part.role != "carries" and slope is not None and not slope.any():
                 return f"the outputs do not depend on {site.path}.{part.tensor}"
     return ""
+
+
+def _linear(subject: Subject, sites: Sequence[Site]) -> str:
+    """Units without a nonlinearity are the rank of a product of two matrices, no neurons: both may change their sign."""
+    neurons = [site for site in sites if not site.inner.mixes]
+    if not neurons:
+        return ""
+    flipped = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        done: set[int] = set()
+        for site in neurons:
+            for part in site.parts:
+                tensor = tensor_of(flipped.get_submodule(site.path), part.tensor)
+                if id(tensor) not in done:
+                    done.add(id(tensor))
+                    tensor.neg_()
+    gap = distance(observed(flipped, list(subject.feeds)), subject.dense)
+    return "they are the rank of a product of matrices, without a nonlinearity" if gap < subject.tolerance else ""
 
 
 def _differs(
