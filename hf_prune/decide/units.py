@@ -46,6 +46,7 @@ def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:
             f"{', '.join(family.shapes)} shapes only. Others need a row of hand (see register_family)."
         )
     here = {word for site in anatomy.sites for axis in site.row.axes for word in (axis.name, axis.alias)}
+    refused |= {"kv_groups": refused["heads"]} if "heads" in refused else {}
     missing = [unit for unit in config.units or () if unit in refused and unit not in here | {"layers", "tokens"}]
     if missing:
         raise ValueError(

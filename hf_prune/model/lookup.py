@@ -23,6 +23,8 @@ from .tokens import token_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+UNITS = ("neurons", "heads", "layers", "tokens")  # KV groups go with their heads
+
 _KNOWN: dict[tuple[type, str], Family] = {}
 
 
@@ -88,6 +90,10 @@ class Derivation:
     proven: dict[str, list[str]] = field(default_factory=dict)  # units -> keys that size them
     refused: dict[str, list[str]] = field(default_factory=dict)  # units -> reasons
 
+    def reason(self, unit: str) -> str:
+        """Why units are not proven."""
+        return "; ".join(dict.fromkeys(self.refused.get(unit, ()))) or "no key of its config sizes them alone"
+
 
 def derivation(model: Any) -> Derivation:
     """Read the row off a small instance, and prove it there."""
@@ -111,7 +117,7 @@ def derivation(model: Any) -> Derivation:
     whole = [_layers(subject, replace(stack, sublayers=tuple(rows.get(stack.name, ()))), result) for stack in stacks]
     tokens = _tokens(subject, reading, result)
     kept = tuple(stack for stack in whole if stack.sublayers or stack.axis.config)
-    refused = tuple((word, reasons[0]) for word, reasons in result.refused.items() if word not in result.proven)
+    refused = tuple((unit, result.reason(unit)) for unit in UNITS if unit not in result.proven)
     result.family = Family(model.config.model_type, kept, tokens=tokens, shapes=("stock",), refused=refused)
     return result
 

@@ -153,7 +153,7 @@ def _unmoved(subject: Subject, sites: Sequence[Site]) -> str:
 
 
 def _linear(subject: Subject, sites: Sequence[Site]) -> str:
-    """Units without a nonlinearity are the rank of a product of two matrices, no neurons: both may change their sign."""
+    """Units without a nonlinearity are the rank of a product of matrices, no neurons: all may change their sign."""
     neurons = [site for site in sites if not site.inner.mixes]
     if not neurons:
         return ""

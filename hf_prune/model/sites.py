@@ -172,7 +172,7 @@ def find_sites(model: Any, family: Family) -> list[Site]:
             "encoder-decoder families. Prune the encoder and the decoder before you join them."
         )
     stacks = live_stacks(model, family)
-    if not stacks:
+    if family.stacks and not stacks:
         wanted = ", ".join(stack.layers for stack in family.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     names = {stack.name for stack, _ in stacks}

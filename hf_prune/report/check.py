@@ -10,8 +10,8 @@ from ..model import prove
 from ..model.axes import Family
 from ..model.families import registered
 from ..model.feed import feeds
-from ..model.lookup import Derivation
-from .families import UNITS, differences, reasons
+from ..model.lookup import UNITS, Derivation
+from .families import differences
 from .table import Row
 
 
@@ -25,7 +25,7 @@ def oracle_rows(model: Any, found: Derivation) -> list[Row]:
             "sized by": ", ".join(found.proven.get(unit, ())) or "–",
             "in": "stock shapes",
         }
-        | {"proven": "yes" if unit in found.proven else f"no: {reasons(found, unit)}"}
+        | {"proven": "yes" if unit in found.proven else f"no: {found.reason(unit)}"}
         for unit in UNITS
     ]
     return rows + ([] if hand is None else [*_of_hand(model, hand), _agreement(model, hand, found)])

@@ -19,11 +19,10 @@ from ..files import write_text
 from ..model.axes import Family
 from ..model.families import FAMILIES, registered
 from ..model.instance import classes_of, instance, quiet
-from ..model.lookup import Derivation, derivation
+from ..model.lookup import UNITS, Derivation, derivation
 from ..model.sites import find_sites
 
 FILE = Path(__file__).with_name("families.json")
-UNITS = ("neurons", "heads", "layers", "tokens")  # KV groups go with their heads
 SECONDS = 90  # for one type
 FORMS = {"stock": "stock", "per_layer": "per layer", "": "–"}
 
@@ -72,12 +71,8 @@ def row_of(model_type: str) -> Row:
     if hand:
         row["differs"] = differences(model, hand, found)
     here = {*row["stock"], *row["per_layer"]}
-    row["refused"] = {unit: reasons(found, unit)[:200] for unit in UNITS if unit not in here}
+    row["refused"] = {unit: found.reason(unit)[:200] for unit in UNITS if unit not in here}
     return row
-
-
-def reasons(found: Derivation, unit: str) -> str:
-    return "; ".join(dict.fromkeys(found.refused.get(unit, ()))) or "no key of the config sizes it"
 
 
 def _short(error: Exception) -> str:

@@ -49,9 +49,13 @@ class Vocabulary:
         Raises:
             ValueError: no fast tokenizer, that of another model, texts that use no token, or a model that reads none.
         """
-        extent = next((extent for extent in describe(model).extents if extent.where == ()), None)
+        anatomy = describe(model)
+        extent = next((extent for extent in anatomy.extents if extent.where == ()), None)
         if extent is None:
-            raise ValueError(f"units=['tokens']: a {model.config.model_type} has no vocabulary. Name other units.")
+            why = dict(anatomy.family.refused).get("tokens", "it reads no tokens")
+            raise ValueError(
+                f"units=['tokens']: a {model.config.model_type} has no vocabulary that can go: {why}. Name other units."
+            )
         if tokenizer is None:
             raise ValueError(
                 "units=['tokens']: the vocabulary is cut with its tokenizer. Give processing_class=tokenizer."
