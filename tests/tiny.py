@@ -78,6 +78,7 @@ WINDOWS = {
     "num_hidden_layers": 6, "sliding_window": 4,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+QWEN_MOE = {**EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24}
 WINDOWED = {**GROUPED, **WINDOWS}
 CONFIGS |= {
     **dict.fromkeys(("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"), ROBERTA),
@@ -132,6 +133,11 @@ CONFIGS |= {
     "qwen3_next": {
         **EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1],
     },
+    "qwen3_5_moe_text": QWEN_MOE,
+    "qwen3_5": {"text_config": {**HEAD_DIM, **HYBRID, **LINEAR, **MROPE}, "vision_config": EYE, **BESIDE},
+    "qwen3_5_moe": {"text_config": {**QWEN_MOE, **MROPE}, "vision_config": EYE, **BESIDE},
+    "granitemoe": {**GROUPED, "num_local_experts": 4},
+    "hy_v3": {**EXPERTS, "first_k_dense_replace": 1, "head_dim": 16, "num_local_experts": 4},
     "lfm2": {
         **GROUPED, "num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
@@ -267,6 +273,11 @@ ALL_CLASSES |= {
     "qwen3_5_text": ("Qwen3_5ForCausalLM",),
     "qwen3_next": ("Qwen3NextForCausalLM",),
     "lfm2": ("Lfm2ForCausalLM",),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM",),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration",),
+    "granitemoe": ("GraniteMoeForCausalLM",),
+    "hy_v3": ("HYV3ForCausalLM",),
     "mt5": ("MT5ForConditionalGeneration",),
     "umt5": ("UMT5ForConditionalGeneration",),
     "marian": ("MarianMTModel",),
