@@ -85,8 +85,8 @@ CONFIGS |= {
     **dict.fromkeys(("ernie", "bert-generation", "megatron-bert", "layoutlm", "splinter", "mpnet"), ENCODER),
     "rembert": {**ENCODER, "input_embedding_size": 16, "output_embedding_size": 24},
     "roc_bert": {
-        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 99,
-        "shape_vocab_size": 99,
+        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 59,
+        "shape_vocab_size": 69,
     },
     "roformer": {**ENCODER, "embedding_size": 32},
     "markuplm": {**ENCODER, "xpath_unit_hidden_size": 4, "max_depth": 4},
