@@ -37,10 +37,10 @@ def refused(model, match, config=None, data=None, **more):
 
 
 def test_unknown_family():
-    config = transformers.XGLMConfig(vocab_size=50, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
-    model = transformers.XGLMForCausalLM(config)
+    config = transformers.AlbertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    model = transformers.AlbertForMaskedLM(config)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"no family row for model_type 'xglm'.*bert.*vit.*To add one"):
+    with pytest.raises(ValueError, match=r"no family row for model_type 'albert'.*bert.*vit.*To add one"):
         prune(model, [{"input_ids": torch.ones(8, 4, dtype=torch.long)}])
     assert list(changed(before, model)) == []
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
+import torch
 from tiny import (
     ALL_CLASSES,
+    CORE,
+    GENERIC,
     changed,
     cut_everywhere,
     distance,
@@ -13,10 +18,14 @@ from tiny import (
     snapshot,
     tiny_batch,
     tiny_model,
+    todays,
     within_reach,
 )
 
 from hf_prune import PruningConfig, describe, prune
+from hf_prune.checkpoint.layout import write_
+from hf_prune.execute import Repair, _needed_tokens, execute_
+from hf_prune.model.batches import draw
 from hf_prune.model.mask import masked
 from hf_prune.plan import Kept, PruningPlan
 from hf_prune.repair.walk import improvement
@@ -102,3 +111,40 @@ def test_pruned_and_repaired(family):
     config = PruningConfig(metric="params", shapes="per_layer", criterion=None if taught else "hessian")
     repairs = prune(model, data, within_reach(model, config)).report["repairs"]
     assert improvement(repairs) < 1
+
+
+@every_family
+def test_half_the_tokens_is_half_the_tokens_reopened(family, tmp_path):
+    """All copies of the vocabulary are cut, and the stock config says so; the outputs are compared by `execute_`."""
+    model = tiny_model(family)
+    anatomy, batch = describe(model), tiny_batch(model)
+    if () not in {extent.where for extent in anatomy.extents}:
+        pytest.skip("reads no tokens")
+    whole = anatomy.extent()
+    kept = sorted({*range(0, whole.of, 2), *_needed_tokens(model, whole)})
+    for name in [name for name in batch if name.endswith("input_ids")]:
+        batch[name] = torch.tensor(kept)[batch[name] % len(kept)]
+    batches = draw(model, [batch], 8, 0)
+    plan = PruningPlan(family, (Kept((), "tokens", whole.of, tuple(kept)), *map(keep, anatomy.sites)))
+    with torch.no_grad():
+        execute_(model, anatomy, plan, Repair(batches=[] if "pixel_values" in batch else batches))
+    assert write_(model, {}) == "stock"
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert describe(again).sizes == describe(model).sizes
+    weights = again.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+# --- the sample of the day -------------------------------------------------------------------------------------------
+
+
+def test_the_sample_comes_round():
+    """The core every day; all others within a number of days."""
+    day = datetime.date(2026, 1, 1)
+    assert todays(day) == todays(day)
+    days = [todays(day + datetime.timedelta(i)) for i in range(len(GENERIC))]
+    assert all({*CORE} < {*names} for names in days)
+    assert {name for names in days for name in names} == {*GENERIC}
+    assert todays(day, "all") == GENERIC
+    assert todays(day, "bart,vit") == ["bart", "vit"]

@@ -443,7 +443,9 @@ def double_loss(output, batch, class_name):
     return losses.sum(1) / (labels != -100).sum(1)
 
 
-SMOOTH = {"t5": {"feed_forward_proj": "gelu"}, "opt": {"activation_function": "gelu"}}  # ReLU has no derivative at 0
+GELU = {"activation_function": "gelu"}  # ReLU has no derivative at 0
+SMOOTH = {"t5": {"feed_forward_proj": "gelu"}, "opt": GELU, "m2m_100": GELU, "pegasus": GELU}
+IN_FP32 = ("RMSNorm", "T5LayerNorm", "CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm")
 
 
 @pytest.mark.parametrize("class_name", [name for _, name in EVERY_CLASS if name != "T5EncoderModel"])
@@ -458,7 +460,7 @@ def test_gate_gradients_match_finite_differences(class_name):
     units = {site.key: site.sizes[site.inner.name] for site in sites}
     found = gradients(model, sites, units, draw(model, [batch, batch], 8, 0)[0]).gates
     double = copy.deepcopy(model).double()
-    in_fp32 = any(type(m).__name__.endswith(("RMSNorm", "T5LayerNorm")) for m in model.modules())
+    in_fp32 = any(type(m).__name__.endswith(IN_FP32) for m in model.modules())
     step = 0.02 if in_fp32 else 0.001
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     largest = max(value.abs().max().item() for value in found.values())

@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from hf_prune.model.families import FAMILIES
+
 BASE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENCODER = {**BASE, "max_position_embeddings": 64}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -76,17 +78,19 @@ WINDOWS = {
     "num_hidden_layers": 6, "sliding_window": 4,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+QWEN_MOE = {**EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24}
 WINDOWED = {**GROUPED, **WINDOWS}
 CONFIGS |= {
     **dict.fromkeys(("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"), ROBERTA),
-    **dict.fromkeys(("ernie", "bert-generation", "megatron-bert", "layoutlm", "splinter", "deberta", "mpnet"), ENCODER),
+    **dict.fromkeys(("ernie", "bert-generation", "megatron-bert", "layoutlm", "splinter", "mpnet"), ENCODER),
     "rembert": {**ENCODER, "input_embedding_size": 16, "output_embedding_size": 24},
     "roc_bert": {
-        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 99,
-        "shape_vocab_size": 99,
+        **ENCODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 59,
+        "shape_vocab_size": 69,
     },
     "roformer": {**ENCODER, "embedding_size": 32},
     "markuplm": {**ENCODER, "xpath_unit_hidden_size": 4, "max_depth": 4},
+    "deberta": {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
     "modernbert": {
         **MHA, "num_hidden_layers": 6, "local_attention": 8, "layer_types": WINDOWS["layer_types"], "cls_token_id": 1,
@@ -101,7 +105,8 @@ CONFIGS |= {
     },
     **dict.fromkeys(("granite", "smollm3", "olmo", "cohere", "stablelm", "arcee", "apertus", "jais2"), GROUPED),
     **dict.fromkeys(("starcoder2", "phi", "nanochat", "olmo2"), GROUPED),
-    **dict.fromkeys(("seed_oss", "ernie4_5", "hunyuan_v1_dense", "gemma", "nemotron", "glm", "glm4"), HEAD_DIM),
+    "nemotron": {**GROUPED, "head_dim": 8},
+    **dict.fromkeys(("seed_oss", "ernie4_5", "hunyuan_v1_dense", "gemma", "glm", "glm4"), HEAD_DIM),
     **dict.fromkeys(("cohere2", "exaone4", "olmo3"), WINDOWED),
     **dict.fromkeys(("ministral", "ministral3", "cwm"), HEAD_DIM),
     "helium": {**GROUPED, "head_dim": 8},
@@ -128,6 +133,11 @@ CONFIGS |= {
     "qwen3_next": {
         **EXPERTS, **HYBRID, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1],
     },
+    "qwen3_5_moe_text": QWEN_MOE,
+    "qwen3_5": {"text_config": {**HEAD_DIM, **HYBRID, **LINEAR, **MROPE}, "vision_config": EYE, **BESIDE},
+    "qwen3_5_moe": {"text_config": {**QWEN_MOE, **MROPE}, "vision_config": EYE, **BESIDE},
+    "granitemoe": {**GROUPED, "num_local_experts": 4},
+    "hy_v3": {**EXPERTS, "first_k_dense_replace": 1, "head_dim": 16, "num_local_experts": 4},
     "lfm2": {
         **GROUPED, "num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
@@ -263,6 +273,11 @@ ALL_CLASSES |= {
     "qwen3_5_text": ("Qwen3_5ForCausalLM",),
     "qwen3_next": ("Qwen3NextForCausalLM",),
     "lfm2": ("Lfm2ForCausalLM",),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM",),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration",),
+    "granitemoe": ("GraniteMoeForCausalLM",),
+    "hy_v3": ("HYV3ForCausalLM",),
     "mt5": ("MT5ForConditionalGeneration",),
     "umt5": ("UMT5ForConditionalGeneration",),
     "marian": ("MarianMTModel",),
@@ -310,7 +325,22 @@ ALL_CLASSES |= {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
 }
-GENERIC = sorted(CONFIGS)
+
+
+def is_generic(family: str) -> bool:
+    """Whether all oracles fit: every layer has attention and an FFN that can go, and the class a loss that is known."""
+    stacks, sublayers = FAMILIES[family].stacks, [s for stack in FAMILIES[family].stacks for s in stack.sublayers]
+    whole = {stack.name for stack in stacks} <= {"encoder", "decoder"} and not any(s.optional for s in sublayers)
+    both = {s.kind for s in sublayers} >= {"attention", "ffn"} and not EXPERTS_IN & CONFIGS[family].keys()
+    taught = not ALL_CLASSES[family][0].endswith(("Model", "Encoder", "ForCTC")) or family in ("gpt2", "marian")
+    return whole and both and taught and family not in OTHERS
+
+
+# other inputs; no float64 (XGLM); or MACs for each pair of tokens (DeBERTa) or outside the layers (MarkupLM) that are
+# not counted
+OTHERS = ("whisper", "audio-spectrogram-transformer", "xglm", "deberta", "deberta-v2", "markuplm")
+EXPERTS_IN = {"num_experts", "num_local_experts"}
+GENERIC = sorted(filter(is_generic, CONFIGS))
 
 CORE = ("bert", "distilbert", "gpt2", "llama", "gemma3_text", "phi3", "t5", "bart", "vit")  # one of each kind
 A_DAY = 2  # of the others
@@ -330,6 +360,8 @@ FAMILY_NAMES = todays(datetime.date.today(), os.environ.get("HF_PRUNE_FAMILIES",
 CLASSES = {family: ALL_CLASSES[family] for family in FAMILY_NAMES}
 FAMILY_OF = {name: family for family, names in ALL_CLASSES.items() for name in names}
 EVERY_CLASS = [(family, name) for family in FAMILY_NAMES for name in CLASSES[family]]
+FIXED = sorted({*CORE, "electra", "opt"})  # where tests name heads and classes
+FIXED_CLASSES = [(family, name) for family in FIXED for name in ALL_CLASSES[family]]
 
 
 def tiny_model(family: str, class_name: str | None = None, seed: int = 0, **changes: Any) -> Any:

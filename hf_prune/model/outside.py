@@ -37,7 +37,8 @@ def _is_matrix(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-# modules of heads and poolers that see one row an example; `classifier` does where the task is about whole examples
+# modules of heads and poolers that see one row an example; `classifier` and `head` do where the task is about whole
+# examples
 ONE_ROW = (
     "pooler", "classification_head", "pre_classifier", "seq_relationship", "multiple_choice_head", "sequence_summary",
 )  # fmt: skip
@@ -50,7 +51,7 @@ def _sees_tokens(model: Any, name: str) -> bool:
     if any(word in ONE_ROW for word in words):
         return False
     pooled = any(task in type(model).__name__ for task in ONE_ROW_TASKS)
-    return not (pooled and any(word.startswith("classifier") for word in words))
+    return not (pooled and any(word.startswith("classifier") or word == "head" for word in words))
 
 
 def other_elements(model: nn.Module, path: str, but: set[str]) -> int:

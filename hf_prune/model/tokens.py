@@ -25,7 +25,9 @@ def token_parts(model: Any, layers: list[str]) -> tuple[Part, ...]:
         return ()
     rows, inside = embeddings[0].num_embeddings, tuple(f"{path}." for path in layers)
     head = model.get_output_embeddings()
-    along = {id(module): (0, "carries") for module in embeddings if module.num_embeddings == rows}
+    tables = {id(module.weight) for module in embeddings if module.num_embeddings == rows}
+    tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in tables]  # Marian has a third
+    along = {id(module): (0, "carries") for module in tied}
     if head is not None and head.weight.shape[0] == rows:
         along[id(head)] = (0, "makes")
     parts = [

@@ -218,15 +218,15 @@ DECODERS = (
     neurons_alone("bloom", "h", neurons("n_inner", "none"), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", depth="n_layer"),
     # one norm spans the queries of all heads: with fewer of them it gives other values
     *(decoder(name, "layers", llama_ffn(INNER[1])) for name in ("olmo2", "olmo3")),
-    experts_among("mixtral"),
+    *map(experts_among, ("mixtral", "granitemoe")),
     experts_among("qwen2_moe", dense_among(), shared_expert()),
     experts_among("qwen3_moe", dense_among()),
-    experts_among("glm4_moe", dense_among()),
-    experts_among("ernie4_5_moe", dense_among()),
+    *(experts_among(name, dense_among()) for name in ("glm4_moe", "ernie4_5_moe", "hy_v3")),
     experts_among("gpt_oss", more=sinks()),
     # latent attention: keys and values of all heads come from one narrow vector; shared experts have no key
     decoder("deepseek_v3", "layers", dense_among()),
     qwen3_5("qwen3_5_text", llama_ffn()),
+    qwen3_5("qwen3_5_moe_text", shared_expert()),
     qwen3_5("qwen3_next", dense_among(), shared_expert()),
     lfm2(),
 )

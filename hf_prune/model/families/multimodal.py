@@ -56,4 +56,5 @@ MULTIMODAL = (
     reader("mistral3", text_tower(known("mistral"))),
     *(qwen_text(name, "none") for name in ("qwen2_vl", "qwen2_5_vl")),
     qwen_text("qwen3_vl", "any"),
+    *(reader(name, text_tower(known(f"{name}_text"))) for name in ("qwen3_5", "qwen3_5_moe")),
 )
