@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from test_reload import reopen
-from tiny import distance, snapshot
+from tiny import distance, snapshot, tiny_batch, tiny_model
 from toy import ToyConfig, ToyModel
 
 from hf_prune import PruningConfig, describe, prune, register_family, save_pretrained
@@ -223,6 +223,10 @@ def units_of(anatomy):
 
 def prune_small(model_type):
     """A small instance, cut with repair in stock shapes, and the plan."""
+    if "vision" in {stack.name for stack in getattr(families.registered(model_type), "stacks", ())}:
+        model = tiny_model(model_type)  # with pictures beside the texts
+        data = [tiny_batch(model, seed=seed) for seed in range(4)]
+        return model, data, prune(model, data, PruningConfig(keep=0.97, metric="params", units=["neurons"], align=1))
     with quiet():
         model = instance(model_type).float()
         given = [feed.inputs for seed in range(8) for feed in feeds(model, seed) if feed.method == "forward"]

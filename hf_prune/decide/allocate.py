@@ -162,6 +162,8 @@ def _ranking(
         for g in (allowed if groups_free else [groups])
         for r in (range(1, each + 1) if asked(site.inner, units) else [each])
     ]
+    if shapes == "stock" and site.inner.stock == "none":
+        counts = [(groups, each)]
     if shapes == "stock" and site.inner.stock == "divisors":
         of_each = site.sizes[site.inner.name] // len(scores)
         counts = [(g, r) for g, r in counts if site.hidden % (g * r * of_each) == 0] or [(groups, each)]

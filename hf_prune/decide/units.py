@@ -21,18 +21,20 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
             this model does not have.
     """
     _check_family(anatomy, config)
-    mute = {axis for site in anatomy.sites for axis in site.row.axes if axis.stock == "none"}
-    silent = {word for axis in mute for word in (axis.name, axis.alias)} if config.shapes == "stock" else set()
+    axes = {axis for site in anatomy.sites for axis in site.row.axes}
+    mute = {axis for axis in axes if axis.stock == "none"}
+    said = {word for axis in axes - mute for word in (axis.name, axis.alias)}
+    silent = {word for axis in mute for word in (axis.name, axis.alias)} - said if config.shapes == "stock" else set()
     if config.units is None:
         grouped = {site.inner.name for site in anatomy.sites if site.share > 1 and site.sizes[site.outer.name] > 1}
-        axes = [site.outer if site.inner.name in grouped else site.inner for site in anatomy.sites]
-        axes.sort(key=lambda axis: not axis.aligned)
-        return list(dict.fromkeys(axis.name for axis in axes if axis.name not in silent))
+        first = [site.outer if site.inner.name in grouped else site.inner for site in anatomy.sites]
+        first.sort(key=lambda axis: not axis.aligned)
+        return list(dict.fromkeys(axis.name for axis in first if axis.name not in silent))
     if silent.intersection(config.units):
         allowed = dict.fromkeys(a.name for s in anatomy.sites for a in s.row.axes if a.name not in silent)
         raise ValueError(
             f"units={config.units} with shapes='stock': a stock {anatomy.model_type} config cannot say another number "
-            f"of {', '.join(sorted(axis.name for axis in mute))}. Allowed in stock shapes: "
+            f"of {', '.join(sorted({axis.name for axis in mute} & silent))}. Allowed in stock shapes: "
             f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads."
         )
     return list(config.units)

@@ -87,7 +87,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
     done: set[int] = set()
     for module in model.modules():
         for weight in module.parameters(recurse=False):
-            if id(weight) in done or not weight.is_floating_point():
+            if id(weight) in done or not weight.requires_grad:  # a table of sines is not saved
                 continue
             done.add(id(weight))
             noise = torch.randn(weight.shape, generator=generator).to(weight)
