@@ -57,10 +57,10 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                     repair.method,
                     dense.pop(extent.where),
                     pruned,
-                    [token_mask(model, batch, extent.where[0]) for batch in repair.batches],
-                    [batch.held_out for batch in repair.batches],
+                    pruned.spread([token_mask(model, batch, extent.where[0]) for batch in repair.batches]),
+                    pruned.spread([batch.held_out for batch in repair.batches]),
                     anatomy.family.norm_offset,
-                    repair.gradients,
+                    repair.gradients if pruned.loops == 1 else {},
                 ).run_(layers, by_layer)
             else:
                 _cut_sites_(model, plan, by_layer)

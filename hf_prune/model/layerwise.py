@@ -9,12 +9,13 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 Kwargs = dict[str, Any]
+Value = TypeVar("Value")
 OUTPUT = ""  # the layer's own output among what `run` has seen
 
 
@@ -24,19 +25,31 @@ class _Stop(Exception):
 
 @dataclass
 class Stream:
-    """Hidden states [B, T, D] per batch in front of a layer, and what each layer is called with besides them."""
+    """Hidden states [B, T, D] per batch in front of a layer, and what each layer is called with besides them.
+
+    Where a model runs its layers several times (ALBERT), each time counts as a batch of its own.
+    """
 
     states: list[torch.Tensor]
     kwargs: list[list[Kwargs]]  # [layer][batch]
+    loops: int = 1  # times that a model runs its layers
 
     def copy(self) -> Stream:
-        return Stream(list(self.states), self.kwargs)
+        return Stream(list(self.states), self.kwargs, self.loops)
+
+    def spread(self, values: Sequence[Value]) -> list[Value]:
+        """A value of each batch, as often as the layers are run on it."""
+        return [value for value in values for _ in range(self.loops)]
 
 
 @torch.no_grad()
 def capture(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> Stream:
-    """Run the model up to the last of `layers` and keep what enters the first, and every layer's other arguments."""
+    """Run the model up to the last of `layers` and keep what enters the first, and every layer's other arguments.
+
+    The first batch is run to the end, which shows whether layers are run again.
+    """
     states: list[torch.Tensor] = []
+    loops = 0  # not known yet
     kwargs: list[list[Kwargs]] = [[] for _ in layers]
 
     def record(index: int) -> Any:
@@ -50,7 +63,7 @@ def capture(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Map
             kwargs[index].append(arguments)
             if index == 0:
                 states.append(hidden)
-            if index == len(layers) - 1:
+            if index == len(layers) - 1 and loops == 1:
                 raise _Stop
 
         return hook
@@ -60,10 +73,11 @@ def capture(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Map
         for batch in batches:
             with contextlib.suppress(_Stop):
                 model(**batch)
+            loops = loops or len(states)
     finally:
         for handle in handles:
             handle.remove()
-    return Stream(states, kwargs)
+    return Stream(states, kwargs, max(loops, 1))
 
 
 @torch.no_grad()

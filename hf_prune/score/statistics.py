@@ -242,7 +242,7 @@ def _walk(
         paths = list(dict.fromkeys(site.path for site in sites if site.stack == stack))
         layers = [model.get_submodule(path) for path in paths]
         stream = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
-        masks = [token_mask(model, batch, stack) for batch in batches]
+        masks = stream.spread([token_mask(model, batch, stack) for batch in batches])
         progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
         for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
             here = [site for site in sites if site.path == path]
