@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import axes, configs, cut, families, sites
@@ -21,7 +20,7 @@ ROWS = (words, encoders, decoders, encoder_decoders, vision, speech, multimodal,
 PARTS = (axes, *ROWS, configs, sites, cut, layout)  # each needs those before it
 
 
-def code_for(cls: type[nn.Module]) -> str:
+def code_for(cls: Any) -> str:
     """One self-contained file: the loader's own source, and a subclass of `cls` that builds with it."""
     parts = [_without_relative_imports(module) for module in PARTS]
     subclass = f'''
