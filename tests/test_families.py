@@ -22,7 +22,7 @@ from tiny import (
     within_reach,
 )
 
-from hf_prune import PruningConfig, describe, prune
+from hf_prune import PruningConfig, describe, prune, save_pretrained
 from hf_prune.checkpoint.layout import write_
 from hf_prune.execute import Repair, _needed_tokens, execute_
 from hf_prune.model.batches import draw
@@ -134,6 +134,15 @@ def test_half_the_tokens_is_half_the_tokens_reopened(family, tmp_path):
     assert describe(again).sizes == describe(model).sizes
     weights = again.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "vit"])
+def test_a_generated_file_opens_renamed_weights(family, tmp_path):
+    """transformers renames the weights of some classes when it opens them, of custom code only where it is told to."""
+    model = tiny_model(family)
+    batch, plan = tiny_batch(model), cut_everywhere(describe(model))
+    prune(model, [batch], PruningConfig(repair="none"), plan=plan)
+    save_pretrained(model, tmp_path / "m", [batch], remote_code=True)  # proves that it opens as it was
 
 
 # --- the sample of the day -------------------------------------------------------------------------------------------

@@ -222,6 +222,18 @@ def test_no_print_in_the_library():
         assert not any(isinstance(call, ast.Name) and call.id == "print" for call in calls), path
 
 
+def test_no_two_parts_of_the_generated_file_share_a_name():
+    """All of them lie in one module there, and a later one would take an earlier one's place."""
+    from hf_prune.checkpoint.remote_code import PARTS
+
+    found = []
+    for part in PARTS:
+        for node in ast.parse(Path(part.__file__).read_text()).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            found += [node.name] if hasattr(node, "name") else [t.id for t in targets if isinstance(t, ast.Name)]
+    assert [name for name in found if found.count(name) > 1] == []
+
+
 def test_every_family_has_a_tiny_config():
     from tiny import ALL_CLASSES, CONFIGS
 

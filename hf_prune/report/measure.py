@@ -150,10 +150,10 @@ def _size(model: PreTrainedModel, given: Measurable, sequence_length: int) -> di
 
 
 def _cache_bytes(model: PreTrainedModel, anatomy: Anatomy) -> int | None:
-    """Bytes that one token takes in the cache, over all layers; None where nothing is generated."""
-    if not model.can_generate():
+    """Bytes that a token takes in the cache, over all layers; None where nothing is generated or heads are no units."""
+    sites = [site for site in anatomy.sites if site.stack in ("decoder", "text") and site.kind == "attention"]
+    if not (model.can_generate() and sites):
         return None
-    sites = [site for site in anatomy.sites if site.stack == "decoder" and site.kind == "attention"]
     return sum(2 * site.sizes[site.outer.name] * site.widths[site.outer.name] for site in sites) * model.dtype.itemsize
 
 
