@@ -57,7 +57,7 @@ def dense_ms(model):
 
 def sized(anatomy, heads, width):
     """The same counts in every layer of a model whose heads each have their own keys."""
-    return {s.key: s.counts(heads if s.inner.mixes else width, 1) for s in anatomy.sites}
+    return anatomy.sizes | {s.key: s.counts(heads if s.inner.mixes else width, 1) for s in anatomy.sites}
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
