@@ -1,6 +1,6 @@
 """The row of any model: a hand-written or registered one, else one that is derived from its config and proven.
 
-What is proven is remembered for the class and its small config, as long as the process lives.
+What is proven is remembered for the class and its config, as long as the process lives.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import derive, prove
-from .axes import Axis, Family, Stack
+from .axes import Axis, Family, Stack, Stock, Sublayer
 from .configs import raw
-from .effects import Effect, Snapshot, effects, explicit
+from .effects import Effect, Snapshot, changed, effects, explicit
 from .families import HOW_TO_ADD, registered
 from .feed import feeds
 from .instance import build, instance, quiet, randomize_
@@ -66,12 +66,12 @@ def derived(cls: type, config: Any) -> Family:
         ValueError: no small instance runs, or nothing is proven.
     """
     no_row = f"hf_prune has no family row for model_type {config.model_type!r}, and none could be derived"
+    known = {name: value for name, value in config.to_dict().items() if name not in ("hf_prune", "_name_or_path")}
+    key = (cls, json.dumps(known, sort_keys=True, default=str))
     try:
-        with quiet():
-            model = instance(config, cls)
-            key = (cls, json.dumps(model.config.to_dict(), sort_keys=True, default=str))
-            if key not in _KNOWN:
-                _KNOWN[key] = derivation(model).family
+        if key not in _KNOWN:
+            with quiet():
+                _KNOWN[key] = derivation(instance(config, cls)).family
     except ValueError as error:
         raise ValueError(f"{no_row}: {error}. {HOW_TO_ADD}") from error
     found = _KNOWN[key]
@@ -137,13 +137,33 @@ def _units(
         for alternative in candidate.alternatives():
             reason = prove.units(subject, alternative)
             if not reason:
+                stock = _stock_of(subject, alternative) if candidate.word == "heads" else "any"
                 for stack in alternative:
-                    rows.setdefault(stack.name, []).extend(stack.sublayers)
+                    rows.setdefault(stack.name, []).extend(_with_stock(row, stock) for row in stack.sublayers)
                 result.proven.setdefault(candidate.word, []).append(candidate.keys[-1])
                 break
         if reason:
             result.refused.setdefault(candidate.word, []).append(f"{' and '.join(candidate.keys)}: {reason}")
     return rows
+
+
+ODD = 5  # a number of heads that divides no hidden size of a small instance
+
+
+def _stock_of(subject: prove.Subject, stacks: Sequence[Stack]) -> Stock:
+    """Whether the config takes any number of heads, or only divisors of the hidden size."""
+    keys = {axis.config for stack in stacks for row in stack.sublayers for axis in row.axes}
+    widths = {axis.width_config for stack in stacks for row in stack.sublayers for axis in row.axes} - {""}
+    try:
+        config = changed(subject.model.config, dict.fromkeys(keys, ODD))
+        build(type(subject.model), config, "meta", subject.model.dtype)
+    except Exception:  # whatever a class says of a config that it does not take
+        return "divisors"
+    return "any" if all(raw(config, key) for key in widths) else "divisors"
+
+
+def _with_stock(row: Sublayer, stock: Stock) -> Sublayer:
+    return replace(row, axes=tuple(replace(axis, stock=stock) for axis in row.axes))
 
 
 def _layers(subject: prove.Subject, stack: Stack, result: Derivation) -> Stack:

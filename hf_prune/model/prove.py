@@ -87,17 +87,26 @@ def distance(a: Outputs, b: Outputs) -> float:
     """The largest difference, where 1 is the largest output of that kind."""
     if [x.shape for x in a] != [y.shape for y in b]:
         return float("inf")
-    gaps = ((x - y).abs().max() / y.abs().max().clamp_min(1e-30) for x, y in zip(a, b, strict=True) if x.numel())
-    return max((float(gap) for gap in gaps), default=0.0)
+    return max((_gap(x, y) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+
+
+def _gap(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Where a model masks by -inf, both must; a difference that is no number is infinite."""
+    differs = torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    largest = y[y.isfinite()].abs().max() if y.isfinite().any() else torch.ones(())
+    return float(differs.max() / largest.clamp_min(1e-30))
 
 
 def units(subject: Subject, stacks: Sequence[Stack]) -> str:
-    """Why the sublayers of stacks, all sized by the same keys, are not proven; "" where they are."""
+    """Why the sublayers of stacks, all sized by the same keys, are not proven; "" where they are.
+
+    Of query heads that share keys and values, both are cut: whole groups, and heads of every group.
+    """
     try:
         sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
-        values = _smaller(sites)
-        kept = {site.key: _some(site, values) for site in sites}
-        return _unmoved(subject, sites) or _differs(subject, sites, values, kept) or _linear(subject, sites)
+        axes = ("outer", "inner") if sites[0].share > 1 else ("outer",)
+        tried = (_differs(subject, sites, which) for which in axes)
+        return _unmoved(subject, sites) or next(filter(None, tried), "") or _linear(subject, sites)
     except Exception as error:  # a wrong row fails in many ways
         return _short(error)
 
@@ -105,19 +114,13 @@ def units(subject: Subject, stacks: Sequence[Stack]) -> str:
 def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
     """Why sublayers, each cut to a size of its own in place, are not proven; "" where they are."""
     try:
-        sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
-        kept = {site.key: _some(site, {site.outer.config: _own_count(site)}) for site in sites if site.active}
-        sites = [site for site in sites if site.active]
-        small = copy.deepcopy(subject.model)
-        for site in sites:
-            cut_(small.get_submodule(site.path), site, site.outer.name, kept[site.key])
-        masked = _masked(subject, sites, kept)
-        if distance(masked, subject.dense) < MATTERS * subject.tolerance:
-            return "the outputs do not depend on these units"
+        found = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
+        sites = [site for site in found if site.active]
+        kept = {site.key: _some(site, site.outer, _own_count(site)) for site in sites}
+        small, masked = _cut(subject, sites, "outer", kept)
         gap = distance(observed(small, list(subject.feeds)), masked)
-        return _unmoved(subject, sites) or (
-            f"cut in place, the outputs differ by {gap:.1e}" if gap > subject.tolerance else ""
-        )
+        wrong = f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
+        return _silent(subject, masked) or _unmoved(subject, sites) or (wrong if gap > subject.tolerance else "")
     except Exception as error:
         return _short(error)
 
@@ -127,19 +130,13 @@ def _own_count(site: Site) -> int:
     return max(1, of // 2 - (0 if site.inner.tied else site.layer % 2))
 
 
-def _smaller(sites: Sequence[Site]) -> dict[str, int]:
-    """A smaller size for each key: half of the outer units, with all that they hold."""
-    site = sites[0]
-    groups = max(1, site.sizes[site.outer.name] // 2)
-    counts = site.counts(groups, site.share)
-    return {axis.config: counts[axis.name] for axis in site.row.axes}
-
-
-def _some(site: Site, values: Mapping[str, int]) -> list[int]:
-    """Units of the outer axis that stay: others in every site."""
-    of, count = site.sizes[site.outer.name], values[site.outer.config]
-    key = "all" if site.inner.tied else site.name
-    return sorted(random.Random(key).sample(range(of), count))
+def _some(site: Site, axis: Axis, count: int) -> list[int]:
+    """So many units of the outer axis, or of the inner one in every outer one: others in every site."""
+    draw = random.Random("all" if site.inner.tied else site.name)
+    if axis is site.outer:
+        return sorted(draw.sample(range(site.sizes[axis.name]), count))
+    groups = range(site.sizes[site.outer.name])
+    return [group * site.share + unit for group in groups for unit in sorted(draw.sample(range(site.share), count))]
 
 
 def _unmoved(subject: Subject, sites: Sequence[Site]) -> str:
@@ -170,32 +167,41 @@ def _linear(subject: Subject, sites: Sequence[Site]) -> str:
     return "they are the rank of a product of matrices, without a nonlinearity" if gap < subject.tolerance else ""
 
 
-def _differs(
-    subject: Subject, sites: Sequence[Site], values: Mapping[str, int], kept: Mapping[Any, Sequence[int]]
-) -> str:
-    masked = _masked(subject, sites, kept)
-    if distance(masked, subject.dense) < MATTERS * subject.tolerance:
-        return "the outputs do not depend on these units"
-    small = copy.deepcopy(subject.model)
-    for site in sites:
-        cut_(small.get_submodule(site.path), site, site.outer.name, kept[site.key])
-    values = dict(values) | {
-        axis.width_config: site.widths[axis.name] for site in sites for axis in site.row.axes if axis.width_config
-    }
+def _differs(subject: Subject, sites: Sequence[Site], which: str) -> str:
+    """Why the model with half of the units of the outer or the inner axis is not proven."""
+    first = sites[0]
+    of = first.sizes[first.outer.name] if which == "outer" else first.share
+    count = max(1, of // 2)
+    counts = (
+        first.counts(count, first.share) if which == "outer" else first.counts(first.sizes[first.outer.name], count)
+    )
+    kept = {site.key: _some(site, getattr(site, which), count) for site in sites}
+    small, masked = _cut(subject, sites, which, kept)
+    values: dict[str, Any] = {axis.config: counts[axis.name] for axis in first.row.axes}
+    values |= {a.width_config: s.widths[a.name] for s in sites for a in s.row.axes if a.width_config}
     config = changed(subject.model.config, values)
     for key, value in values.items():
         set_(small.config, key, value)
-    return _reason(subject, small, config, masked)
+    return _silent(subject, masked) or _reason(subject, small, config, masked)
 
 
-def _masked(subject: Subject, sites: Sequence[Site], kept: Mapping[Any, Sequence[int]]) -> Outputs:
+def _cut(subject: Subject, sites: Sequence[Site], which: str, kept: Mapping[Any, Sequence[int]]) -> tuple[Any, Outputs]:
+    """A copy of the model cut in place, and the outputs of the masked one."""
+    small = copy.deepcopy(subject.model)
     with ExitStack() as stack:
         for site in sites:
-            left = site.expand(site.outer.name, kept[site.key])
+            axis = getattr(site, which).name
+            cut_(small.get_submodule(site.path), site, axis, kept[site.key])
+            left = site.expand(axis, kept[site.key])
             for part in (part for part in site.parts if part.role == "reads"):
                 index = index_of(part, left, site.sizes, site.widths)
                 stack.enter_context(zeroed(subject.model.get_submodule(site.path), part.tensor, index, part.dim))
-        return observed(subject.model, list(subject.feeds))
+        return small, observed(subject.model, list(subject.feeds))
+
+
+def _silent(subject: Subject, masked: Outputs) -> str:
+    near = distance(masked, subject.dense) < MATTERS * subject.tolerance
+    return "the outputs do not depend on these units" if near else ""
 
 
 # --- layers and tokens -----------------------------------------------------------------------------------------------
@@ -217,11 +223,9 @@ def _without(subject: Subject, extent: Extent, gone: int) -> str:
     try:
         with skipped(subject.model.get_submodule(f"{extent.path}.{gone}")):
             masked = observed(subject.model, list(subject.feeds))
-        if distance(masked, subject.dense) < MATTERS * subject.tolerance:
-            return f"the outputs do not depend on layer {gone}"
         small = copy.deepcopy(subject.model)
         drop_layers_(small, extent, kept)
-        return _reason(subject, small, small.config, masked)
+        return _silent(subject, masked) or _reason(subject, small, small.config, masked)
     except Exception as error:
         return _short(error)
 
