@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from .checkpoint.history import History, history_of, proof_rows, summary_of
 from .checkpoint.layout import write_
 from .config import PruningConfig, config_or
-from .decide.allocate import FAR_BELOW, SHAPES, allocate, reachable, warn_if_far_below
+from .decide.allocate import FAR_BELOW, SHAPES, allocate, everything, reachable, warn_if_far_below
 from .decide.costs import COSTS, planned_sizes
 from .decide.costs import report as cost_report
 from .decide.latency.cache import latency_table
@@ -32,7 +32,7 @@ from .model.depth import check_droppable
 from .model.undo import undone_on_error
 from .model.weights import check_loaded, quiet
 from .plan import Kept, PruningPlan, Where, must_be_plan
-from .score.checks import check_inputs, check_towers, fit_labels
+from .score.checks import check_inputs, fit_labels, idle_towers
 from .score.criteria import CRITERIA
 from .score.depth import order_of
 from .score.judge import Judge
@@ -75,6 +75,7 @@ class Analysis:
     seconds: float = 0.0
     gates: dict[Where, torch.Tensor] = field(default_factory=dict)  # of each example, where the criterion uses them
     tokens: dict[Where, list[torch.Tensor]] = field(default_factory=dict)  # squared gradients, see repair.solve
+    whole: tuple[Kept, ...] = ()  # sites of a tower that no example reaches
     table: LatencyTable | None = None  # measured, for metric "latency"
     search: Search | None = None  # where layers or tokens are among the units
     vocabulary: Vocabulary | None = None
@@ -115,7 +116,8 @@ class Analysis:
 
     def _allocate(self, config: PruningConfig, wide: Sequence[Kept]) -> PruningPlan:
         across = CRITERIA[str(config.criterion)].across
-        return allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table, wide)
+        plan = allocate(self.anatomy, self.scores, config, self.align, across, self.gates, self.table, wide)
+        return replace(plan, kept=(*plan.kept, *self.whole))
 
     def _repair(self) -> Repair:
         return Repair(self.config.repair, self.batches, self.tokens)
@@ -175,9 +177,15 @@ def analyze(
         _check_reachable(anatomy, config, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
+    idle = idle_towers({extent.where[0] for extent in anatomy.extents if extent.path}, batches)
+    whole = tuple(everything(site, config) for site in anatomy.sites if site.stack in idle)
+    if idle:
+        anatomy = _without(anatomy, idle)
+        units = choose_units(anatomy, config)
+        if words is None and "layers" not in units:
+            _check_reachable(anatomy, config, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
     if any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
-        check_towers({site.stack for site in anatomy.sites}, batches)
         found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
     else:  # only layers or tokens may go
         found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})
@@ -187,11 +195,20 @@ def analyze(
         batches,
         align,
         **vars(found),
+        whole=whole,
         table=table,
         search=_search(model, anatomy, config, units, batches, words),
         vocabulary=words,
         processing_class=processing_class,
         seconds=time.perf_counter() - started,
+    )
+
+
+def _without(anatomy: Anatomy, stacks: Collection[str]) -> Anatomy:
+    """The anatomy whose units may go where those of some stacks may not."""
+    sites = tuple(site for site in anatomy.sites if site.stack not in stacks)
+    return replace(
+        anatomy, sites=sites, extents=tuple(e for e in anatomy.extents if e.where[:1] not in {(s,) for s in stacks})
     )
 
 

@@ -255,6 +255,49 @@ def test_named_types_prune_save_and_reopen(tmp_path):
     assert {name: gap for name, gap in found.items() if not isinstance(gap, float) or gap > 1e-4} == {}
 
 
+def texts_alone(model, seed):
+    """A batch without pictures, nor the tokens that stand for them."""
+    batch = {k: v for k, v in tiny_batch(model, seed=seed).items() if k in ("input_ids", "attention_mask", "labels")}
+    return batch | {"input_ids": batch["input_ids"].where(batch["input_ids"] != model.config.image_token_id, 7)}
+
+
+@pytest.mark.parametrize("shapes", ["stock", "per_layer"])
+def test_a_tower_that_no_example_reaches_stays(shapes, tmp_path):
+    model = tiny_model("smolvlm")
+    data = [texts_alone(model, seed) for seed in range(4)]
+    with pytest.warns(UserWarning, match="no batch holds a picture.*stays as it is"):
+        result = prune(model, data, PruningConfig(keep=0.8, metric="params", shapes=shapes, align=1))
+    kept = {stack: [k for k in result.plan.sites if k.where[0] == stack] for stack in ("text", "vision")}
+    assert kept["vision"]
+    assert all(k.is_identity for k in kept["vision"])
+    assert not all(k.is_identity for k in kept["text"])
+    assert result.report["keep"] <= 0.8
+    save_pretrained(model, tmp_path / "small", batches=data[:1])
+
+
+def test_pictures_with_some_texts_only():
+    model = tiny_model("smolvlm")
+    with pytest.raises(ValueError, match="1 of 2 batches hold no picture"):
+        prune(model, [tiny_batch(model), texts_alone(model, 1)], PruningConfig(keep=0.8, metric="params"))
+
+
+def test_layers_that_run_several_times_are_refitted_over_all_runs():
+    """ALBERT's one layer runs three times here: the repair brings the output much closer."""
+    with quiet():
+        dense = instance("albert").float()
+    ids = [torch.randint(24, 120, (16, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    gaps = {}
+    for repair in ("none", "least_squares"):
+        model = copy.deepcopy(dense)
+        config = PruningConfig(
+            keep=0.9, metric="params", units=["neurons"], align=1, repair=repair, criterion="magnitude"
+        )
+        prune(model, [{"input_ids": each} for each in ids[:-1]], config)
+        with torch.no_grad():
+            gaps[repair] = float((model(ids[-1])[0] - dense(ids[-1])[0]).square().mean())
+    assert gaps["least_squares"] < gaps["none"] / 4
+
+
 def test_a_class_that_nobody_wrote_a_row_for():
     """Of a package of its own: its layers and tokens are found; what reads three dimensions is refused aloud."""
     family = lookup.derived(ToyModel, ToyConfig())

@@ -54,7 +54,7 @@ def allocate(
     costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
     dense, here = costs.total(anatomy.sizes), within(anatomy, wide)
     if config.keep == 1 and not wide:  # all stays, also what scores nothing
-        return _plan(anatomy, [_everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
+        return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
     comparable = _comparable(scores, across, {s.key: costs.units[s.key].site(s.sizes) for s in anatomy.sites})
     groups, rankings, tables = _offers(here, comparable, config, align, costs, gates or {})
     chosen = knapsack(tables, config.keep * dense - costs.wide(here.sizes))
@@ -243,7 +243,8 @@ def _kept(site: Site, ranking: Ranking, count: Count) -> Kept:
     return Kept(site.key, ranking.axis, ranking.scores.size, ranking.kept(count))
 
 
-def _everything(site: Site, config: PruningConfig) -> Kept:
+def everything(site: Site, config: PruningConfig) -> Kept:
+    """All units of a site."""
     axis = unit_of(site, config.units or ())
     return Kept(site.key, axis, site.sizes[axis], tuple(range(site.sizes[axis])))
 

@@ -6,6 +6,7 @@ Shapes: B examples, T tokens, V classes or vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,26 @@ def check_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         outputs_of(model, batch, row)
 
 
-def check_towers(stacks: Iterable[str], batches: Sequence[Batch]) -> None:
-    """Raise ValueError for text alone where the units of a vision tower are to be scored: all would count as idle."""
-    if "vision" in stacks and not all(batch.inputs.keys() & PICTURES for batch in batches):
+def idle_towers(stacks: Iterable[str], batches: Sequence[Batch]) -> set[str]:
+    """The vision tower of a model where no batch holds a picture: all its units would count as idle, so it stays whole.
+
+    Raises:
+        ValueError: some batches hold pictures and some do not.
+    """
+    seen = [bool(batch.inputs.keys() & PICTURES) for batch in batches]
+    if "vision" not in stacks or all(seen):
+        return set()
+    if any(seen):
         raise ValueError(
-            f"This model has a vision tower, and some batches hold no picture ({', '.join(PICTURES)}): its units "
-            "cannot be scored. Give pictures beside the texts, or a plan= that keeps them."
+            f"This model has a vision tower, and {seen.count(False)} of {len(seen)} batches hold no picture "
+            f"({', '.join(PICTURES)}): its units cannot be scored alike. Give pictures with all texts, or with none."
         )
+    warnings.warn(
+        f"This model has a vision tower, and no batch holds a picture ({', '.join(PICTURES)}): it stays as it is. Give "
+        "pictures beside the texts to cut it too.",
+        stacklevel=4,
+    )
+    return {"vision"}
 
 
 def _check_ids(model: PreTrainedModel, batch: Batch) -> None:
