@@ -17,10 +17,12 @@ import torch
 import transformers
 from test_reload import reopen
 from tiny import distance, snapshot, tiny_batch, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 from toy import ToyConfig, ToyModel
 
 from hf_prune import PruningConfig, describe, prune, register_family, save_pretrained
 from hf_prune.cli.main import main
+from hf_prune.decide.costs import cost_model
 from hf_prune.model import cut, derive, families, lookup, prove
 from hf_prune.model.effects import Effect, Snapshot, effects, explicit
 from hf_prune.model.feed import feeds, observed
@@ -424,3 +426,16 @@ def test_observed_is_the_same_twice():
         model = instance("bert")
     given = feeds(model)
     assert distance(observed(model, given), observed(model, given)) == 0
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "smolvlm", "llava", "gemma3"])
+def test_macs_of_two_towers(family):
+    """Each tower has tokens of its own. What joins them (a projector) counts a row for each token of the text."""
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    batch = {key: value[:1] for key, value in tiny_batch(model, padded=False).items() if key != "labels"}
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(**batch)
+    anatomy = describe(model)
+    macs = cost_model(anatomy, "macs", batch["input_ids"].shape[1], "model").total(anatomy.sizes)
+    assert macs == pytest.approx(counted.get_total_flops() / 2, rel=0.05)

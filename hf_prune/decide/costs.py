@@ -87,11 +87,14 @@ def file_bytes(anatomy: Anatomy, sequence_length: int = 0, scope: str = "model")
 def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostModel:
     """Multiply-adds of one example of `sequence_length` tokens (vision: of one image)."""
     tokens, whole = anatomy.tokens(sequence_length), scope == "model"
+    of = {stack: anatomy.tokens(sequence_length, stack) for stack, _ in anatomy.layer_weights}
     units = {
-        site.key: Product(site, tokens, matrices=True, pairs=tokens**2) if site.active else Product(site, 0, True)
+        site.key: Product(site, of[site.stack], matrices=True, pairs=of[site.stack] ** 2)
+        if site.active
+        else Product(site, 0, True)
         for site in anatomy.sites
     }
-    layers = {key: elements * tokens for key, elements in anatomy.layer_weights.items()}
+    layers = {key: elements * of[key[0]] for key, elements in anatomy.layer_weights.items()}
     head = anatomy.token_weights * tokens
     outside = anatomy.outside_macs_token * tokens + anatomy.outside_macs_example
     everything = anatomy.sizes.get((), {}).get("tokens", 0)

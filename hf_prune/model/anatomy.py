@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .axes import Family, Part
 from .lookup import family_of
-from .outside import image_tokens, other_elements, outside_macs
+from .outside import image_tokens, other_elements, outside_macs, tower_tokens
 from .sites import Extent, Site, Where, find_sites, find_stacks, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
@@ -38,6 +38,7 @@ class Anatomy:
     outside_macs_token: float  # multiply-adds outside the blocks, per token
     outside_macs_example: float  # and per example
     image_tokens: int | None  # tokens of one image, None for text
+    tower_tokens: dict[str, int]  # of one image in a tower beside others, by stack
 
     @property
     def sizes(self) -> dict[Where, dict[str, int]]:
@@ -54,8 +55,9 @@ class Anatomy:
         }
         return {where: counts | aliases.get(where, {}) for where, counts in self.sizes.items()}
 
-    def tokens(self, sequence_length: int) -> int:
-        return self.image_tokens or sequence_length
+    def tokens(self, sequence_length: int, stack: str = "") -> int:
+        """Tokens of an example, in a stack."""
+        return self.tower_tokens.get(stack) or self.image_tokens or sequence_length
 
     def extent(self, *where: Any) -> Extent:
         return next(extent for extent in self.extents if extent.where == where)
@@ -94,6 +96,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         outside_macs_token=per_token,
         outside_macs_example=per_example,
         image_tokens=tokens,
+        tower_tokens=tower_tokens(model, [e.where[0] for e in extents]),
     )
 
 

@@ -40,7 +40,8 @@ def _is_matrix(module: Any) -> bool:
 # modules of heads and poolers that see one row an example; `classifier` and `head` do where the task is about whole
 # examples
 ONE_ROW = (
-    "pooler", "classification_head", "pre_classifier", "seq_relationship", "multiple_choice_head", "sequence_summary",
+    "pooler", "classification_head", "pre_classifier", "seq_relationship", "multiple_choice_head", "sequence_summary", "text_projection",
+    "visual_projection",
 )  # fmt: skip
 ONE_ROW_TASKS = ("SequenceClassification", "ImageClassification", "MultipleChoice", "NextSentence")
 
@@ -103,6 +104,15 @@ def image_tokens(model: Any) -> int | None:
         return None
     sides, patch = _both(config.image_size), _both(config.patch_size)
     return math.prod(side // size for side, size in zip(sides, patch, strict=True)) + _special(model)
+
+
+def tower_tokens(model: Any, stacks: list[str]) -> dict[str, int]:
+    """Tokens of one image in the vision tower of a model that reads text too, where its config says how large it is."""
+    config = vision_config(model.config)
+    if "vision" not in stacks or not _has_images(config):
+        return {}
+    sides, patch = _both(config.image_size), _both(config.patch_size)
+    return {"vision": math.prod(side // size for side, size in zip(sides, patch, strict=True)) + _special(model)}
 
 
 def _special(model: Any) -> int:
