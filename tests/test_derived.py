@@ -9,7 +9,9 @@ import copy
 import datetime
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -419,6 +421,18 @@ def test_check_a_type_a_directory_and_code_of_its_own(capsys, tmp_path):
     assert "XLMWithLMHeadModel" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nothing")]) == 2
     assert "no directory with a config.json" in capsys.readouterr().err
+
+
+def test_check_runs_the_code_that_a_model_brings(capsys, tmp_path):
+    shutil.copy(Path(__file__).with_name("toy.py"), tmp_path / "toy.py")
+    config = ToyConfig().to_dict() | {"auto_map": {"AutoConfig": "toy.ToyConfig", "AutoModel": "toy.ToyModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["check", str(tmp_path), "--trust-remote-code"]) == 0
+    text = capsys.readouterr().out
+    assert "ToyModel" in text
+    assert "num_layers" in text
 
 
 def test_observed_is_the_same_twice():

@@ -40,8 +40,8 @@ def _is_matrix(module: Any) -> bool:
 # modules of heads and poolers that see one row an example; `classifier` and `head` do where the task is about whole
 # examples
 ONE_ROW = (
-    "pooler", "classification_head", "pre_classifier", "seq_relationship", "multiple_choice_head", "sequence_summary", "text_projection",
-    "visual_projection",
+    "pooler", "classification_head", "pre_classifier", "seq_relationship", "multiple_choice_head", "sequence_summary",
+    "text_projection", "visual_projection",
 )  # fmt: skip
 ONE_ROW_TASKS = ("SequenceClassification", "ImageClassification", "MultipleChoice", "NextSentence")
 
