@@ -267,7 +267,13 @@ def test_every_column_of_a_row_is_read(read, tmp_path):
     """While models are pruned and saved, one of them as another family's and one without its last layers."""
     from tiny import keep, tiny, tiny_batch, within_reach
 
-    for name in ("LlamaForCausalLM", "T5ForConditionalGeneration", "Gemma2ForCausalLM", "OPTForCausalLM"):
+    for name in (
+        "LlamaForCausalLM",
+        "T5ForConditionalGeneration",
+        "Gemma2ForCausalLM",
+        "OPTForCausalLM",
+        "DeepseekV3ForCausalLM",
+    ):
         model = tiny(name)
         data = [tiny_batch(model, batch=32)]
         hf_prune.prune(model, data, within_reach(model, PruningConfig(metric="params", shapes="uniform")))

@@ -69,12 +69,12 @@ def needs_loader(config: Any) -> bool:
 def size_keys(family: Family) -> list[str]:
     """All config keys that size the units of sites."""
     axes = (axis for stack in family.stacks for row in stack.sublayers for axis in row.axes)
-    return list(dict.fromkeys(axis.config for axis in axes))
+    return list(dict.fromkeys(key for axis in axes for key in (axis.config, *axis.also)))
 
 
 def site_values(site: Site) -> dict[str, int]:
     """The config values that describe a site's sizes."""
-    return {axis.config: site.sizes[axis.name] for axis in site.row.axes}
+    return {key: site.sizes[axis.name] for axis in site.row.axes for key in (axis.config, *axis.also)}
 
 
 def dense_values(config: Any, family: Family) -> dict[str, Any]:

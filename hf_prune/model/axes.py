@@ -31,6 +31,7 @@ class Axis:
     aligned: bool = False  # counts are rounded to `PruningConfig.align`
     mixes: bool = False  # a unit compares tokens with tokens: 2·T·width multiply-adds a token beside its matrices
     fixed: tuple[int, ...] = ()  # units that always stay
+    also: tuple[str, ...] = ()  # keys that must say the same number, though they size nothing
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ class Part:
     role: Role = "makes"  # makes units · reads them (their columns are gated and refitted) · carries values of them
     times: int = 1  # entries of a unit, in widths of its axis
     single: bool = False  # one entry a unit, whatever the width of its axis: a bias of each head
+    width: str = ""  # attributes, joined by +, that give a unit's entries here where they are not its axis's width
     source: str = ""  # stack whose output a matrix reads that does not read its own: keys of cross-attention
     optional: bool = False  # not there in every model of the family
 
     def entries(self, axis: str, widths: Mapping[str, int]) -> int:
         """Of a unit of one of the axes, where these are their widths."""
-        return self.times * (1 if self.single else widths[axis])
+        return self.times * (1 if self.single else widths[self.width or axis])
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,18 @@ Parts = tuple[Part, ...]
 
 
 def made_by(
-    path: str, *axes: str, conv1d: bool = False, times: int = 1, source: str = "", optional: bool = False
+    path: str,
+    *axes: str,
+    conv1d: bool = False,
+    times: int = 1,
+    source: str = "",
+    optional: bool = False,
+    width: str = "",
 ) -> Parts:
     """The outputs of a linear module, weight and bias. `conv1d`: GPT-2's, whose weight is [in, out]."""
     return (
-        Part(f"{path}.weight", int(conv1d), axes, "makes", times, source=source, optional=optional),
-        Part(f"{path}.bias", 0, axes, "carries", times, source=source, optional=True),
+        Part(f"{path}.weight", int(conv1d), axes, "makes", times, width=width, source=source, optional=optional),
+        Part(f"{path}.bias", 0, axes, "carries", times, width=width, source=source, optional=True),
     )
 
 

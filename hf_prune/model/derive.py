@@ -59,6 +59,7 @@ class Reading:
     snapshot: Snapshot
     effects: Sequence[Effect]
     added: Sequence[str] = ()  # keys that were said aloud
+    numbers: Mapping[str, int] = field(default_factory=dict)  # all sizes in the config, by key
     prefix: str = ""  # of the paths of stacks, which are relative to the base model
     refused: dict[str, list[str]] = field(default_factory=dict)  # units -> reasons
 
@@ -356,9 +357,18 @@ def _axes(group: Group, reader: Entry) -> tuple[dict[str, Axis], int]:
     attribute = _width_attribute(group, inner, width)
     home = inner.rpartition(".")[0]
     said = next((k for k in group.reading.added if HEADS.search(k) and k.rpartition(".")[0] == home), "")
-    heads = Axis("heads", inner, "any", attribute, said, alias="" if groups else "kv_groups", mixes=True)
+    alias, also = ("", ()) if groups else ("kv_groups", _twins(group, inner))
+    heads = Axis("heads", inner, "any", attribute, said, alias=alias, mixes=True, also=also)
     outer = {key: Axis("kv_groups", key, "any", attribute, said) for key in groups}
     return {**outer, inner: heads}, width
+
+
+def _twins(group: Group, heads: str) -> tuple[str, ...]:
+    """Keys of as many heads that size nothing: of keys and values, where each head has its own."""
+    home, numbers = heads.rpartition(".")[0], group.reading.numbers
+    idle = numbers.keys() - {effect.key for effect in group.reading.effects if effect.shapes or effect.gone} - {heads}
+    alike = (key for key in sorted(idle) if numbers[key] == numbers[heads] and key.rpartition(".")[0] == home)
+    return tuple(key for key in alike if HEADS.search(key) and not SIZE.search(key))
 
 
 def _width_attribute(group: Group, heads: str, width: int) -> str:
@@ -367,16 +377,36 @@ def _width_attribute(group: Group, heads: str, width: int) -> str:
     Raises:
         Unknown: there is none.
     """
-    at, moved = group.at(next(iter(group.layers))), group.effect(heads).attributes
-    found = [
-        path.removeprefix(at)
-        for path, value in group.reading.snapshot.attributes.items()
-        if value == width and path.startswith(at) and _under(path.removeprefix(at), group.root) and path not in moved
-    ]
-    found.sort(key=lambda path: not re.search("head_?(dim|size)|dim|size", path))
+    found = [path for path, value in _still(group, heads).items() if value == width]
     if not found:
         raise Unknown(f"no attribute of {group.root or 'the layer'} gives the {width} columns of a head")
     return found[0]
+
+
+def _sum_of_attributes(group: Group, heads: str, width: int) -> str:
+    """One or two attributes that make up the entries of a head in a matrix where heads are wider than in what reads
+    them: latent attention's keys have parts with and without rotation.
+
+    Raises:
+        Unknown: there are none.
+    """
+    still = _still(group, heads)
+    for count in (1, 2):
+        for paths in itertools.combinations(still, count):
+            if sum(still[path] for path in paths) == width:
+                return "+".join(paths)
+    raise Unknown(f"no attributes of {group.root or 'the layer'} give the {width} entries of a head")
+
+
+def _still(group: Group, heads: str) -> dict[str, int]:
+    """Numbers that the modules of a sublayer keep, whatever the number of heads is; sizes first."""
+    at, moved = group.at(next(iter(group.layers))), group.effect(heads).attributes
+    found = {
+        path.removeprefix(at): value
+        for path, value in group.reading.snapshot.attributes.items()
+        if path.startswith(at) and _under(path.removeprefix(at), group.root) and path not in moved
+    }
+    return dict(sorted(found.items(), key=lambda item: not re.search("dim|size", item[0])))
 
 
 def _layouts(group: Group, axes: Mapping[str, Axis], width: int, entry: Entry) -> list[Part]:
@@ -391,10 +421,12 @@ def _layouts(group: Group, axes: Mapping[str, Axis], width: int, entry: Entry) -
     name = axes[key].name
     if not more and each == 1 < width and not rest:
         return [Part(*entry, (name,), single=True)]
-    if any(each % width for each, _ in counts.values()):
-        raise Unknown(f"{each} entries of {entry[0]} are no whole units of {width}")
     if not more and rest:
         raise Unknown(f"{rest} of the entries of {entry[0]} follow no unit")
+    if not more and each % width and axes[key].mixes:
+        return [Part(*entry, (name,), width=_sum_of_attributes(group, key, each))]
+    if any(each % width for each, _ in counts.values()):
+        raise Unknown(f"{each} entries of {entry[0]} are no whole units of {width}")
     if not more and times[key] == 1:
         return [Part(*entry, (name,))]
     if not more:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import derive, prove
 from .axes import Axis, Family, Stack, Stock, Sublayer
 from .configs import raw
-from .effects import Effect, Snapshot, changed, effects, explicit
+from .effects import Effect, Snapshot, changed, effects, explicit, sizes
 from .families import HOW_TO_ADD, registered
 from .feed import feeds
 from .instance import build, instance, quiet, randomize_
@@ -124,7 +124,7 @@ def derivation(model: Any) -> Derivation:
 
 def _reading(model: Any, found: Sequence[Effect], added: Sequence[str]) -> derive.Reading:
     base = next((f"{name}." for name, m in model.named_modules() if name and m is model.base_model), "")
-    return derive.Reading(model, Snapshot.of(model), found, added, base)
+    return derive.Reading(model, Snapshot.of(model), found, added, dict(sizes(model.config)), base)
 
 
 def _units(

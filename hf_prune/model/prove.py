@@ -178,6 +178,7 @@ def _differs(subject: Subject, sites: Sequence[Site], which: str) -> str:
     kept = {site.key: _some(site, getattr(site, which), count) for site in sites}
     small, masked = _cut(subject, sites, which, kept)
     values: dict[str, Any] = {axis.config: counts[axis.name] for axis in first.row.axes}
+    values |= {key: counts[axis.name] for axis in first.row.axes for key in axis.also}
     values |= {a.width_config: s.widths[a.name] for s in sites for a in s.row.axes if a.width_config}
     config = changed(subject.model.config, values)
     for key, value in values.items():

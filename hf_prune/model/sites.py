@@ -213,6 +213,7 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     parts = _parts_here(layer, row)
     tensors = {part.tensor: tensor_of(layer, part.tensor) for part in parts}
     widths = {axis.name: int(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
+    widths |= {p.width: sum(attribute_of(layer, each) for each in p.width.split("+")) for p in parts if p.width}
     sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)

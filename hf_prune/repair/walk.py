@@ -124,7 +124,7 @@ class StackRepair:
     def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
         """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
         fold it into the matrices that read, if held-out error falls."""
-        paths = readers(site)
+        paths = self._of_one_input(index, layer, readers(site))
         modules: list[Any] = [layer.get_submodule(path) for path in paths]
         width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
         has_bias = all(module.bias is not None for module in modules)
@@ -141,6 +141,14 @@ class StackRepair:
             for module in modules:
                 set_matrix_(module, fold(matrix_of(module), found.weight))
         return found.accepted
+
+    def _of_one_input(self, index: int, layer: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Of the modules that make units those that read what the first one does: in latent attention keys and queries
+        are made of vectors of their own."""
+        seen = layerwise.run(layer, self.pruned.states[0], self.pruned.kwargs[index][0], inputs_of=paths)
+        first = seen.get(paths[0])
+        same = [path for path in paths if first is not None and path in seen and seen[path].shape == first.shape]
+        return [path for path in same if torch.equal(seen[path], seen[paths[0]])] or [paths[0]]
 
     def _site_(
         self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets, is_last: bool

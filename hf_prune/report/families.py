@@ -117,7 +117,11 @@ def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
 
 def _said(site: Any) -> set[tuple[Any, ...]]:
     """What a site says: which tensors its units run along, in which order, and what sizes them."""
-    parts = {(p.tensor, p.dim, p.axes, p.times if not p.single else 0) for p in site.parts if p.role != "carries"}
+    parts = {
+        (part.tensor, part.dim, *((axis, part.entries(axis, site.widths)) for axis in part.axes))
+        for part in site.parts
+        if part.role != "carries"
+    }
     return parts | {(axis.name, axis.config, site.sizes[axis.name]) for axis in site.row.axes}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ..axes import Axis, Count, Family, NormPlace, Part, Stack, Stock, Sublayer
+from ..axes import Axis, Count, Family, NormPlace, Part, Stack, Stock, Sublayer, made_by, read_by
 from .words import QKV_OUT, QKVO, attention, ffn, fused_attention, grouped_heads, heads, layers, neurons
 
 GATED = ("mlp.gate_proj", "mlp.up_proj")
@@ -160,6 +161,24 @@ def experts_among(model_type: str, *others: Sublayer, more: tuple[Part, ...] = (
     return decoder(model_type, "layers", llama_attention(stock, more=more), *others)
 
 
+def latent_attention() -> Sublayer:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): queries, and keys with values, of all heads come from a
+    narrow vector each, and are wider than what the output projection reads of a head."""
+    axis = replace(heads("num_attention_heads", "self_attn.v_head_dim", "any", ""), also=("num_key_value_heads",))
+    query, key_value = "self_attn.qk_head_dim", "self_attn.qk_nope_head_dim+self_attn.v_head_dim"
+    return Sublayer(
+        "attention",
+        (axis,),
+        (
+            *made_by("self_attn.q_b_proj", "heads", optional=True, width=query),
+            *made_by("self_attn.q_proj", "heads", optional=True, width=query),
+            *made_by("self_attn.kv_b_proj", "heads", width=key_value),
+            *read_by("self_attn.o_proj", "heads"),
+        ),
+        (Count("self_attn.num_heads", "heads"),),
+    )
+
+
 def dense_among() -> Sublayer:
     return llama_ffn(count=False, optional=True)
 
@@ -223,8 +242,7 @@ DECODERS = (
     experts_among("qwen3_moe", dense_among()),
     *(experts_among(name, dense_among()) for name in ("glm4_moe", "ernie4_5_moe", "hy_v3")),
     experts_among("gpt_oss", more=sinks()),
-    # latent attention: keys and values of all heads come from one narrow vector; shared experts have no key
-    decoder("deepseek_v3", "layers", dense_among()),
+    decoder("deepseek_v3", "layers", latent_attention(), dense_among()),  # shared experts have no key
     qwen3_5("qwen3_5_text", llama_ffn()),
     qwen3_5("qwen3_5_moe_text", shared_expert()),
     qwen3_5("qwen3_next", dense_among(), shared_expert()),
