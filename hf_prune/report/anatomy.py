@@ -17,6 +17,7 @@ from .table import Row, count
 STOCK_HEADS = {
     "any": "FFN widths and any number of heads (the same in every layer)",
     "divisors": "FFN widths, and numbers of heads that divide the hidden size {hidden} (the same in every layer)",
+    "": "FFN widths (the same in every layer)",
     "none": "FFN widths only (the same in every layer); fewer heads need shapes uniform or per_layer",
 }
 
@@ -87,7 +88,7 @@ def stock_note(anatomy: Anatomy) -> str:
     """What a stock config of the family can say."""
     family = anatomy.family
     text = f"A stock {family.model_type} config can say: "
-    stock = next((site.inner.stock for site in anatomy.sites if site.inner.mixes), "any")
+    stock = next((site.inner.stock for site in anatomy.sites if site.inner.mixes), "")
     text += STOCK_HEADS[stock].format(hidden=anatomy.hidden_size)
     if family.as_model_type:
         text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
@@ -95,7 +96,8 @@ def stock_note(anatomy: Anatomy) -> str:
         text += ". All self-attention layers of a stack keep the same heads"
     if len(family.stacks) > 1:
         text += ". Counts that differ between layers or stacks are kept under `hf_prune` in config.json (per_layer)"
-    return text + "."
+    missing = "".join(f" No {unit} can go: {why}." for unit, why in family.refused)
+    return f"{text}.{missing}"
 
 
 def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[Row]:
