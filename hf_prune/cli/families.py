@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         screen.print(json.dumps(found, indent=1), markup=False, highlight=False, soft_wrap=True)
     elif options.markdown:
-        screen.print(families.markdown(families.read()), markup=False, highlight=False, soft_wrap=True)
+        screen.print(families.markdown(families.read()).rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
     else:
         screen.print(rich_table(families.table_rows(found["rows"]), title="What can be cut"))
         for unit, each in families.counts(found["rows"]).items():

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +41,49 @@ def read() -> dict[str, Any]:
     return found
 
 
-def prove(types: Sequence[str], workers: int = 2) -> Iterator[Row]:
-    """A row for each type as it is done, each proven anew in a process that cannot disturb the others."""
-    with get_context("fork").Pool(workers, maxtasksperchild=8) as pool:
-        yield from pool.imap_unordered(row_of, types)
+def prove(types: Sequence[str], workers: int = 2, seconds: float = SECONDS) -> Iterator[Row]:
+    """A row for each type as it is done, each proven anew in a process of its own, which is ended when time is up."""
+    context, left = get_context("fork"), list(types)
+    running: dict[Any, tuple[str, Any, float]] = {}  # what a process sends through -> (type, process, start)
+    try:
+        while left or running:
+            while left and len(running) < workers:
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_send_row, args=(left[0], theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (left.pop(0), process, time.monotonic())
+            ready = wait([*running], timeout=1)
+            late = [pipe for pipe, (_, _, start) in running.items() if time.monotonic() > start + seconds]
+            for pipe in dict.fromkeys([*ready, *late]):
+                model_type, process, _ = running.pop(pipe)
+                yield _received(model_type, pipe if pipe in ready else None, seconds)
+                process.kill()
+                process.join()
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+
+
+def _send_row(model_type: str, pipe: Any) -> None:
+    pipe.send(row_of(model_type))
+
+
+def _received(model_type: str, pipe: Any, seconds: float) -> Row:
+    if pipe is None:
+        return {"type": model_type, "why": f"not done in {seconds:.0f} s", "seconds": seconds}
+    try:
+        found: Row = pipe.recv()
+    except EOFError:
+        return {"type": model_type, "why": "its process died (no memory?)", "seconds": 0.0}
+    return found
 
 
 def row_of(model_type: str) -> Row:
     """What can be cut from models of a type, in stock shapes and per layer, and why what cannot is refused."""
     started = time.monotonic()
     try:
-        with quiet(), _at_most(SECONDS):
+        with quiet():
             model = instance(model_type)
             found = derivation(model)
     except Exception as error:  # whatever a class does
@@ -123,22 +154,6 @@ def _said(site: Any) -> set[tuple[Any, ...]]:
         if part.role != "carries"
     }
     return parts | {(axis.name, axis.config, site.sizes[axis.name]) for axis in site.row.axes}
-
-
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Stop with a TimeoutError after so many seconds; in the main thread of a process."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not done in {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def save(rows: Iterable[Row], date: str) -> None:
