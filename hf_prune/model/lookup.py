@@ -17,6 +17,7 @@ from .effects import Effect, Snapshot, changed, effects, explicit, sizes
 from .families import HOW_TO_ADD, registered
 from .feed import feeds
 from .instance import build, instance, quiet, randomize_
+from .reading import Reading
 from .sites import find_sites
 from .tokens import token_parts
 
@@ -40,23 +41,30 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def _fitting(model: Any, family: Family) -> Family:
     """What of a derived row is true of the whole model too: its sizes are those that the keys say."""
-    wrong: dict[str, str] = {}
+    wrong: list[tuple[str, str]] = []
     stacks = []
     for stack in family.stacks:
-        rows = []
-        for row in stack.sublayers:
-            try:
-                sites = find_sites(model, replace(family, stacks=(replace(stack, sublayers=(row,)),)))
-                said = {axis.config: raw(model.config, axis.config) for axis in row.axes}
-                odd = [s.name for s in sites if any(said[a.config] not in (None, s.sizes[a.name]) for a in s.row.axes)]
-            except ValueError as error:
-                odd = [str(error)]
-            if odd:
-                wrong[row.axes[-1].name] = f"{odd[0]} has other sizes than {' and '.join(said)} says"
-            else:
-                rows.append(row)
-        stacks.append(replace(stack, sublayers=tuple(rows)))
-    return replace(family, stacks=tuple(stacks), refused=(*wrong.items(), *family.refused))
+        misfits = [
+            _misfit(model, replace(family, stacks=(replace(stack, sublayers=(row,)),))) for row in stack.sublayers
+        ]
+        fits = [row for row, reason in zip(stack.sublayers, misfits, strict=True) if not reason]
+        wrong += [(r.axes[-1].name, reason) for r, reason in zip(stack.sublayers, misfits, strict=True) if reason]
+        stacks.append(replace(stack, sublayers=tuple(fits)))
+    return replace(family, stacks=tuple(stacks), refused=(*wrong, *family.refused))
+
+
+def _misfit(model: Any, family: Family) -> str:
+    """Why a row of one sublayer is not true of a model; "" where it is."""
+    try:
+        sites = find_sites(model, family)
+    except ValueError as error:
+        return str(error)
+    for site in sites:
+        for axis in site.row.axes:
+            said = raw(model.config, axis.config)
+            if said not in (None, site.sizes[axis.name]):
+                return f"{site.name} has {site.sizes[axis.name]} {axis.name} where {axis.config} is {said}"
+    return ""
 
 
 def derived(cls: type, config: Any) -> Family:
@@ -122,13 +130,13 @@ def derivation(model: Any) -> Derivation:
     return result
 
 
-def _reading(model: Any, found: Sequence[Effect], added: Sequence[str]) -> derive.Reading:
+def _reading(model: Any, found: Sequence[Effect], added: Sequence[str]) -> Reading:
     base = next((f"{name}." for name, m in model.named_modules() if name and m is model.base_model), "")
-    return derive.Reading(model, Snapshot.of(model), found, added, dict(sizes(model.config)), base)
+    return Reading(model, Snapshot.of(model), found, added, dict(sizes(model.config)), base)
 
 
 def _units(
-    subject: prove.Subject, reading: derive.Reading, stacks: Sequence[Stack], result: Derivation
+    subject: prove.Subject, reading: Reading, stacks: Sequence[Stack], result: Derivation
 ) -> dict[str, list[Any]]:
     """The proven sublayers by stack."""
     rows: dict[str, list[Any]] = {}
@@ -176,7 +184,7 @@ def _layers(subject: prove.Subject, stack: Stack, result: Derivation) -> Stack:
     return replace(stack, axis=replace(stack.axis, fixed=fixed))
 
 
-def _tokens(subject: prove.Subject, reading: derive.Reading, result: Derivation) -> Axis | None:
+def _tokens(subject: prove.Subject, reading: Reading, result: Derivation) -> Axis | None:
     """The vocabulary, if a smaller one is proven."""
     rows = {(part.tensor, part.dim) for part in token_parts(subject.model, [])}
     keys = [effect.key for effect in reading.effects if rows & effect.shapes.keys()]
