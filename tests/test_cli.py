@@ -25,6 +25,8 @@ FLAGS = {
     "push": "--debug --help --private --revision",
     "demo": "--cache --debug --help --out --quick",
     "inspect": "--debug --device-map --dtype --help --revision --sequence-length --task",
+    "check": "--debug --help --revision --task --trust-remote-code",
+    "families": "--debug --help --json --markdown --prove --save",
     "prune": (
         "--align --allocation --calibration-samples --calibration-seed --candidates --criterion --data --debug "
         "--device-map --dry-run --dtype --help --keep --label-column --latency-batch-size --layer-criterion "

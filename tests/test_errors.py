@@ -37,11 +37,14 @@ def refused(model, match, config=None, data=None, **more):
 
 
 def test_unknown_family():
-    config = transformers.AlbertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    model = transformers.AlbertForMaskedLM(config)
+    """A model that has no row, and of which none can be derived."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], stage_names=None)
+    model = transformers.ResNetForImageClassification(config)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"no family row for model_type 'albert'.*bert.*vit.*To add one"):
-        prune(model, [{"input_ids": torch.ones(8, 4, dtype=torch.long)}])
+    with pytest.raises(
+        ValueError, match=r"no family row for model_type 'resnet', and none could be derived.*To add one"
+    ):
+        prune(model, [{"pixel_values": torch.ones(8, 3, 32, 32)}])
     assert list(changed(before, model)) == []
 
 
