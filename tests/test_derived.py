@@ -253,7 +253,8 @@ def test_named_types_prune_save_and_reopen(tmp_path):
         torch.save({"inputs": data[0], "outputs": kept}, tmp_path / f"{name}.pt")
         jobs.append({
             "name": name, "directory": str(tmp_path / name), "opener": type(model).__name__,
-            "inputs": str(tmp_path / f"{name}.pt"), "options": {"attn_implementation": "eager"},
+            "inputs": str(tmp_path / f"{name}.pt"),
+            "options": {"attn_implementation": model.config._attn_implementation},
         })  # fmt: skip
     found = reopen(jobs, tmp_path, "blocked")
     assert {name: gap for name, gap in found.items() if not isinstance(gap, float) or gap > 1e-4} == {}
