@@ -26,6 +26,7 @@ from hf_prune import PruningConfig, describe, prune, register_family, save_pretr
 from hf_prune.cli.main import main
 from hf_prune.decide.costs import cost_model
 from hf_prune.model import cut, derive, families, lookup, prove
+from hf_prune.model.axes import Sublayer
 from hf_prune.model.effects import Effect, Snapshot, effects, explicit
 from hf_prune.model.feed import feeds, observed
 from hf_prune.model.instance import build, instance, quiet
@@ -311,6 +312,11 @@ def test_a_class_that_nobody_wrote_a_row_for():
     assert family.shapes == ("stock",)
     refused = dict(family.refused)
     assert "is among what it sizes" in refused["neurons"]
+
+
+def test_sublayers_of_one_kind_are_told_apart():
+    rows = [Sublayer(kind, (), ()) for kind in ("ffn", "attention", "ffn")]
+    assert [row.kind for row in lookup._told_apart(rows)] == ["ffn", "attention", "ffn_2"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:
     if config.shapes not in family.shapes:
         raise ValueError(
             f"shapes={config.shapes!r}: the row of this {anatomy.model_type} was derived from its config, and says "
-            f"{', '.join(family.shapes)} shapes only. Others need a row of hand (see register_family)."
+            f"{', '.join(family.shapes)} shapes only. Others need a hand-written row (see register_family)."
         )
     here = {word for site in anatomy.sites for axis in site.row.axes for word in (axis.name, axis.alias)}
     refused |= {"kv_groups": refused["heads"]} if "heads" in refused else {}

@@ -84,7 +84,7 @@ def derived(cls: type, config: Any) -> Family:
         raise ValueError(f"{no_row}: {error}. {HOW_TO_ADD}") from error
     found = _KNOWN[key]
     if not found.stacks and found.tokens is None:
-        reasons = "; ".join(f"{unit}: {reason}" for unit, reason in found.refused if unit != "keys")
+        reasons = "; ".join(f"{unit}: {reason}" for unit, reason in found.refused)
         raise ValueError(f"{no_row}: nothing is proven ({reasons or 'no key sizes a list of layers'}). {HOW_TO_ADD}")
     return found
 
@@ -122,12 +122,21 @@ def derivation(model: Any) -> Derivation:
     stacks = derive.stacks(reading)
     result = Derivation(Family(model.config.model_type, ()), cls.__name__, refused=reading.refused)
     rows = _units(subject, reading, stacks, result)
-    whole = [_layers(subject, replace(stack, sublayers=tuple(rows.get(stack.name, ()))), result) for stack in stacks]
+    whole = [
+        _layers(subject, replace(stack, sublayers=_told_apart(rows.get(stack.name, ()))), result) for stack in stacks
+    ]
     tokens = _tokens(subject, reading, result)
     kept = tuple(stack for stack in whole if stack.sublayers or stack.axis.config)
     refused = tuple((unit, result.reason(unit)) for unit in UNITS if unit not in result.proven)
     result.family = Family(model.config.model_type, kept, tokens=tokens, shapes=("stock",), refused=refused)
     return result
+
+
+def _told_apart(rows: Sequence[Sublayer]) -> tuple[Sublayer, ...]:
+    """Sublayers of one kind with names of their own: a dense FFN beside a shared expert's."""
+    kinds = [row.kind for row in rows]
+    numbers = [kinds[:index].count(kind) + 1 for index, kind in enumerate(kinds)]
+    return tuple(replace(r, kind=r.kind if n == 1 else f"{r.kind}_{n}") for r, n in zip(rows, numbers, strict=True))
 
 
 def _reading(model: Any, found: Sequence[Effect], added: Sequence[str]) -> Reading:
