@@ -76,7 +76,9 @@ def to_decilm(
         _rewrite(temporary, said)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-    exact = all("ffn_mult" in block["ffn"] for block in said["block_configs"]) and not getattr(model.config, "mlp_bias", False)
+    exact = all("ffn_mult" in block["ffn"] for block in said["block_configs"]) and not getattr(
+        model.config, "mlp_bias", False
+    )
     return ("vLLM", "SGLang") if exact else ("vLLM",)
 
 

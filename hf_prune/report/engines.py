@@ -23,6 +23,7 @@ CAUSAL = (*ARCHITECTURES, "phi3")
 HEAD = "ForCausalLM"
 GGUF = "`hf-prune export --to gguf`"
 DECILM = "by `hf-prune export --to decilm`, with the same query heads in every layer"
+PLUG_IN = "where hf_prune is installed beside it"
 STEPS = f"FFN widths in multiples of {STEP}"
 
 
@@ -47,6 +48,7 @@ ENGINES: Sequence[Engine] = (
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
     Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, HEAD, BY_LAYER),
     Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta"), DECILM, "", True, "", FAMILIES, HEAD, ("llama",)),
+    Engine("vLLM --model-impl transformers", CAUSAL, PLUG_IN, "", True, HEAD, run_types=("llama",)),
     Engine("SGLang", (*CAUSAL, "gpt2", "bert"), f"{DECILM} and {STEPS}", "", False, "", FAMILIES, HEAD),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
 )
