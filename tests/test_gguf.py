@@ -62,6 +62,20 @@ def sentencepiece():
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
+def unigram_tokenizer(*steps, split=None):
+    """The same text in the manner of T5: a score for each piece, and the most likely pieces."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " ")])
+    backend.pre_tokenizer = split or pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    given = {"vocab_size": 200, "special_tokens": special, "unk_token": "<unk>", "show_progress": False}
+    backend.train_from_iterator(tiny_text.sentences(50), trainers.UnigramTrainer(**given))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer
+
+
 def llama(words):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=words, num_hidden_layers=1, **sizes))
@@ -115,6 +129,41 @@ def test_merges_in_their_order(tmp_path, sentencepiece):
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() is True
 
 
+def test_pieces_and_their_scores(tmp_path):
+    tokenizer = unigram_tokenizer()
+    to_gguf(llama(len(tokenizer) + 2), tmp_path / "m.gguf", tokenizer)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    said = {key: reader.get_field(f"tokenizer.ggml.{key}").contents() for key in ("model", "tokens", "scores")}
+    assert said["model"] == "t5"
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+    padding = [f"[PAD{len(tokenizer)}]", f"[PAD{len(tokenizer) + 1}]"]
+    assert said["tokens"] == [*(text for text, _ in vocabulary), "<extra>", *padding]
+    assert said["scores"][: len(vocabulary)] == pytest.approx([score for _, score in vocabulary])
+    types = [gguf.TokenType(number).name for number in reader.get_field("tokenizer.ggml.token_type").contents()]
+    assert types[:4] == ["UNKNOWN", "CONTROL", "CONTROL", "NORMAL"]
+    assert types[-3:] == ["USER_DEFINED", "UNUSED", "UNUSED"]
+    for key in ("add_space_prefix", "remove_extra_whitespaces"):
+        assert reader.get_field(f"tokenizer.ggml.{key}").contents() is True
+    for key in ("add_bos_token", "add_eos_token"):
+        assert reader.get_field(f"tokenizer.ggml.{key}").contents() is False
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "named"),
+    [
+        (lambda: unigram_tokenizer(normalizers.Lowercase()), "Lowercase"),
+        (lambda: unigram_tokenizer(normalizers.Replace("a", "b")), "Replace"),
+        (lambda: unigram_tokenizer(split=pre_tokenizers.Whitespace()), "Whitespace"),
+        (lambda: unigram_tokenizer(split=pre_tokenizers.WhitespaceSplit()), "no Metaspace"),
+    ],
+)
+def test_a_unigram_tokenizer_that_does_more_is_refused(tmp_path, tokenizer, named):
+    made = tokenizer()
+    with pytest.raises(ValueError, match=f"no more than a table of characters are written; this one has {named}"):
+        to_gguf(llama(len(made)), tmp_path / "m.gguf", made)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_llama_cpp_cannot_build_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"builds every layer of a qwen2 alike.*shapes='uniform'"):
         to_gguf(small("qwen2", "per_layer"), tmp_path / "m.gguf", tokenizer)
@@ -140,12 +189,14 @@ def test_a_file_is_not_overwritten(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_llama_cpp_splits_text_in_the_same_way(tmp_path, sentencepiece):
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram"])
+def test_llama_cpp_splits_text_in_the_same_way(tmp_path, sentencepiece, kind):
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-llama-cpp")
-    to_gguf(llama(len(sentencepiece)), tmp_path / "m.gguf", sentencepiece)
+    tokenizer = sentencepiece if kind == "sentencepiece" else unigram_tokenizer()
+    to_gguf(llama(len(tokenizer)), tmp_path / "m.gguf", tokenizer)
     opened = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
     for text in [*tiny_text.sentences(20), "Unseen: Ünïcode, and  two spaces."]:
-        assert opened.tokenize(text.encode(), add_bos=False) == sentencepiece(text)["input_ids"]
+        assert opened.tokenize(text.encode(), add_bos=False) == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.slow

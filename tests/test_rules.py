@@ -75,7 +75,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "data": ("opening", "texts", "evaluation"),
-    "export": ("kernels", "shared", "onnx", "gguf", "decilm"),
+    "export": ("kernels", "shared", "onnx", "unigram", "gguf", "decilm"),
     "report": (
         "table", "quote", "plots", "render", "families", "check", "anatomy", "estimate", "resident", "measure", "int8",
         "engines", "evidence", "card",

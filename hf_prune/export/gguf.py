@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 
 from ..model.anatomy import describe
 from ..model.sites import Site
+from . import unigram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,28 +213,74 @@ def _tokenizer(writer: Any, tokenizer: Any, pre_tokenizer: str | None, size: int
         home = Path(directory)
         parts = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))
         model = parts["model"]
-        if model["type"] != "BPE":
-            raise ValueError(
-                f"llama.cpp: a {model['type']} tokenizer is not written; byte-level and SentencePiece BPE are."
-            )
-        vocabulary: Any
-        if not model.get("byte_fallback"):
-            vocabulary = gguf.BpeVocab(home)
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre(pre_tokenizer or _splits(parts["pre_tokenizer"]))
-        else:
-            vocabulary = gguf.LlamaHfVocab(home)
-            writer.add_tokenizer_model("llama")
-            writer.add_tokenizer_pre("default")
-            writer.add_add_space_prefix(_starts_with_space(parts))
-        tokens, scores, types = (list(part) for part in zip(*vocabulary.all_tokens(), strict=True))
-        if model.get("byte_fallback"):
-            scores = _scores(tokens, model["merges"])
+        kind = model["type"] + (" of bytes" if model["type"] == "BPE" and not model.get("byte_fallback") else "")
+        if kind not in TOKENIZERS:
+            raise ValueError(f"llama.cpp: a {model['type']} tokenizer is not written; {', '.join(TOKENIZERS)} are.")
+        tokens, scores, types = TOKENIZERS[kind](writer, home, parts, pre_tokenizer)
         missing = range(len(tokens), size)
         writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in missing)])
         writer.add_token_scores([*scores, *(-1e6 for _ in missing)])
         writer.add_token_types([*types, *(gguf.TokenType.UNUSED for _ in missing)])
-        gguf.SpecialVocab(home, load_merges=True, n_vocab=size).add_to_gguf(writer)
+        special = gguf.SpecialVocab(home, load_merges=True, n_vocab=size)
+        if kind == "Unigram":  # llama.cpp would add an end token to each text
+            special.add_special_token = _ends(tokenizer)
+        special.add_to_gguf(writer)
+
+
+Vocabulary = tuple[list[Any], list[float], list[Any]]  # tokens, their scores, their types
+
+
+def _bytes(writer: Any, home: Path, parts: Mapping[str, Any], pre_tokenizer: str | None) -> Vocabulary:
+    import gguf
+
+    vocabulary: Any = gguf.BpeVocab(home)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer or _splits(parts["pre_tokenizer"]))
+    return _columns(vocabulary.all_tokens())
+
+
+def _sentencepiece(writer: Any, home: Path, parts: Mapping[str, Any], _: str | None) -> Vocabulary:
+    import gguf
+
+    vocabulary: Any = gguf.LlamaHfVocab(home)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(_starts_with_space(parts))
+    tokens, _scored, types = _columns(vocabulary.all_tokens())
+    return tokens, _scores(tokens, parts["model"]["merges"]), types
+
+
+def _unigram(writer: Any, home: Path, parts: Mapping[str, Any], _: str | None) -> Vocabulary:
+    import gguf
+
+    unigram.check(parts)
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(_starts_with_space(parts))
+    writer.add_remove_extra_whitespaces(unigram.joins_spaces(parts))
+    table = unigram.charsmap(parts)
+    if table:
+        writer.add_precompiled_charsmap(table)
+    return _columns((text, score, gguf.TokenType[kind]) for text, score, kind in unigram.pieces(parts))
+
+
+TOKENIZERS: Mapping[str, Callable[[Any, Path, Mapping[str, Any], str | None], Vocabulary]] = {
+    "BPE of bytes": _bytes,
+    "BPE": _sentencepiece,
+    "Unigram": _unigram,
+}
+
+
+def _columns(rows: Iterable[tuple[Any, float, Any]]) -> Vocabulary:
+    tokens, scores, types = (list(part) for part in zip(*rows, strict=True))
+    return tokens, scores, types
+
+
+def _ends(tokenizer: Any) -> dict[str, bool]:
+    """Whether the tokenizer puts a first and a last token around a text."""
+    added = tokenizer("")["input_ids"]
+    ends = {"bos": added[:1], "eos": added[-1:]}
+    return {name: found == [getattr(tokenizer, f"{name}_token_id")] for name, found in ends.items()}
 
 
 def _splits(held: Any) -> str:
@@ -265,4 +312,5 @@ def _starts_with_space(parts: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json puts a space before the text."""
     normalizer, pre = parts.get("normalizer") or {}, parts.get("pre_tokenizer") or {}
     steps = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
-    return "Prepend" in steps or (pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never")
+    marks = [part for part in pre.get("pretokenizers", [pre]) if part.get("type") == "Metaspace"]
+    return "Prepend" in steps or any(part.get("prepend_scheme", "always") != "never" for part in marks)
