@@ -30,6 +30,8 @@ Criterion = Literal[
     "activation",
     "fluctuation",
     "hessian",
+    "reap",
+    "frequency",
     "random",
 ]
 Shapes = Literal["stock", "uniform", "per_layer"]
@@ -39,7 +41,7 @@ Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
-UNIT_CHOICES = ("heads", "kv_groups", "neurons", "layers", "tokens")
+UNIT_CHOICES = ("heads", "kv_groups", "neurons", "experts", "layers", "tokens")
 MOST_SEED = 2**32 - 1
 
 
@@ -174,16 +176,17 @@ class PruningConfig:
     units: list[str] | None = field(
         default=None,
         metadata=_help(
-            "What may be removed: any of heads, kv_groups, neurons, layers, tokens (of the vocabulary). Default: "
-            "neurons, with kv_groups where query heads share several KV heads, else with heads; without either where "
-            "`shapes` is stock and the stock class cannot say it."
+            "What may be removed: any of heads, kv_groups, neurons, experts, layers, tokens (of the vocabulary). "
+            "Default: neurons (of experts too; where parameters or bytes count, whole experts), with kv_groups where "
+            "query heads share several KV heads, else with heads; without either where `shapes` is stock and the stock "
+            "class cannot say it."
         ),
     )
     criterion: Criterion | None = field(
         default=None,
         metadata=_help(
             "Importance score. Default: fisher_obs_root for losses over tokens (language models), fisher_obs for other "
-            "losses, hessian without a loss."
+            "losses, hessian without a loss; reap where only experts go. reap and frequency score experts alone."
         ),
     )
     layer_criterion: LayerCriterion = field(

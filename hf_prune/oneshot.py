@@ -176,7 +176,7 @@ def analyze(
     if words is None and "layers" not in units:
         _check_reachable(anatomy, config, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
-    config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
+    config = replace(config, criterion=criterion_for(model, batches, config.criterion, _free(anatomy, units)))  # type: ignore[arg-type]
     idle = idle_towers({extent.where[0] for extent in anatomy.extents if extent.path}, batches)
     whole = tuple(everything(site, config) for site in anatomy.sites if site.stack in idle)
     if idle:
@@ -185,10 +185,11 @@ def analyze(
         if words is None and "layers" not in units:
             _check_reachable(anatomy, config, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
-    if any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
-        found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
-    else:  # only layers or tokens may go
-        found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})
+    free = _free(anatomy, units)
+    scored = [site for site in anatomy.sites if free and (not criterion.of or axes[site.key] in free)]
+    found = scores_of(model, scored, axes, batches, criterion, config.calibration_seed, ranks) if scored else Scores()
+    alike = {site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites if site not in scored}
+    found.scores.update(alike)
     return Analysis(
         anatomy,
         config,
@@ -210,6 +211,11 @@ def _without(anatomy: Anatomy, stacks: Collection[str]) -> Anatomy:
     return replace(
         anatomy, sites=sites, extents=tuple(e for e in anatomy.extents if e.where[:1] not in {(s,) for s in stacks})
     )
+
+
+def _free(anatomy: Anatomy, units: Sequence[str]) -> set[str]:
+    """The axes of sites whose units may go."""
+    return {axis.name for site in anatomy.sites for axis in site.row.axes if asked(axis, units)}
 
 
 def _axes(anatomy: Anatomy, units: Sequence[str]) -> dict[Where, str]:

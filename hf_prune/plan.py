@@ -14,7 +14,10 @@ from typing import Any
 from .files import parse_json, read_json, write_text
 
 FORMAT = 2
-WITHIN = {"heads": "kv_groups"}  # axis -> the one of the same place whose units each hold several of its own
+WITHIN = {
+    "heads": "kv_groups",
+    "neurons": "experts",
+}  # axis -> the one of the same place whose units each hold several of its own
 AXIS_OF_FORMAT_1 = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons"}  # its word for a unit
 Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the vocabulary
 

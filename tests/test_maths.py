@@ -475,7 +475,7 @@ def test_statistics_match_a_plain_forward(class_name):
     axes = {site.key: site.inner.name for site in sites}
     drawn = draw(model, batches, 16, 0)
     collected = 0
-    for site, found in statistics(model, sites, axes, drawn, CRITERIA["hessian"], 0):
+    for site, (found,) in statistics(model, sites, axes, drawn, CRITERIA["hessian"], 0):
         if not site.active:
             assert not found.gram.any()
             continue
@@ -498,7 +498,7 @@ def test_weight_squares_count_all_weights_of_a_unit(class_name):
     sites = describe(model).sites
     for granularity in ("inner", "outer"):
         axes = {site.key: getattr(site, granularity).name for site in sites}
-        for site, found in statistics(model, sites, axes, [], CRITERIA["magnitude"], 0):
+        for site, (found,) in statistics(model, sites, axes, [], CRITERIA["magnitude"], 0):
             alone = granularity == "inner" and site.share > 1  # then keys and values belong to no head
             layer, total = model.get_submodule(site.path), 0.0
             for part in (part for part in site.parts if part.role != "carries"):

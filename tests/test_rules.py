@@ -55,19 +55,19 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
         "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
-        "reading", "sublayers", "derive", "prove", "lookup", "anatomy", "mask", "layerwise", "batches",
+        "reading", "experts", "sublayers", "derive", "prove", "lookup", "anatomy", "mask", "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth"),
+    "score": ("losses", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth"),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",
     ),
-    "repair": ("solve", "walk"),
+    "repair": ("solve", "experts", "walk"),
     "execute": (), "search": (),
     "oneshot": (),
     "train": (

@@ -5,8 +5,9 @@ Every group of sites that must share a count offers options (count, loss, cost),
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from ..config import PruningConfig, Shapes
 from ..model.anatomy import Anatomy
+from ..model.axes import Axis
 from ..model.sites import Counts, Site
 from ..plan import Kept, PruningPlan, Where
 from .costs import CostModel, cost_model, planned_sizes
@@ -151,23 +153,29 @@ def _offers(
 def _ranking(
     site: Site, scores: np.ndarray, units: Sequence[str], anatomy: Anatomy, shapes: str, align: int
 ) -> Ranking:
-    groups = site.sizes[site.outer.name]
+    unit = unit_of(site, units)
+    of, split = site.sizes[site.outer.name], unit == site.outer.name and site.split > 1
+    groups = site.split if split else of
     each = len(scores) // groups
-    groups_free = asked(site.outer, units) or (asked(site.inner, units) and each == 1)
-    allowed = range(1, groups + 1)
-    if site.outer.aligned:
-        allowed = [*range(align, groups, align), groups]  # type: ignore[assignment]
-    counts = [
-        (g, r)
-        for g in (allowed if groups_free else [groups])
-        for r in (range(1, each + 1) if asked(site.inner, units) else [each])
-    ]
-    if shapes == "stock" and site.inner.stock == "none":
-        counts = [(groups, each)]
+    free = [axis for axis in site.row.axes if asked(axis, units) and not (shapes == "stock" and axis.stock == "none")]
+    outer = _allowed(site.outer, each if split else of, align, site.routed) if site.outer in free else []
+    inner = _allowed(site.inner, each, align) if site.inner in free and each > 1 else [each]
+    if split:
+        counts = [(groups, r) for r in outer or [each]]
+    elif each == 1 and free:
+        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align)]
+    else:
+        counts = [(g, r) for g in outer or [groups] for r in inner]
     if shapes == "stock" and site.inner.stock == "divisors":
         of_each = site.sizes[site.inner.name] // len(scores)
         counts = [(g, r) for g, r in counts if site.hidden % (g * r * of_each) == 0] or [(groups, each)]
-    return Ranking(unit_of(site, units), scores.reshape(groups, each), tuple(counts))
+    return Ranking(unit, scores.reshape(groups, each), tuple(counts))
+
+
+def _allowed(axis: Axis, of: int, align: int, least: int = 1) -> list[int]:
+    """The counts that an axis of so many units may take."""
+    step = math.lcm(align if axis.aligned else 1, axis.step)
+    return [count for count in (*range(step, of, step), of) if count >= least]
 
 
 def _coupled(anatomy: Anatomy) -> list[list[Site]]:
@@ -204,8 +212,9 @@ def _with_common_counts(groups: list[list[Site]], rankings: dict[Where, Ranking]
     """
     found: dict[Where, Ranking] = {}
     for members in groups:
+        keys = set.intersection(*({*site.values} for site in members))
         offers = [
-            {tuple(_sizes(site, rankings[site.key], c).items()): c for c in rankings[site.key].counts}
+            {_said(site, _sizes(site, rankings[site.key], c), keys): c for c in rankings[site.key].counts}
             for site in members
         ]
         common = [count for count in offers[0] if all(count in offer for offer in offers)]
@@ -235,8 +244,15 @@ def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:
 
 
 def _sizes(site: Site, ranking: Ranking, count: Count) -> Counts:
-    groups, each = count
-    return site.counts(groups, each * (site.sizes[site.inner.name] // ranking.scores.size))
+    units = math.prod(count)
+    if ranking.axis == site.outer.name:
+        return site.counts(units, site.share)
+    return site.counts(count[0], units // count[0])
+
+
+def _said(site: Site, counts: Counts, keys: Collection[str]) -> Where:
+    """What the config says of so many units, of the keys that all sites of a group have."""
+    return tuple((key, value) for key, value in site.said(counts).items() if key in keys)
 
 
 def _kept(site: Site, ranking: Ranking, count: Count) -> Kept:

@@ -14,7 +14,8 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
     """The units of a configuration, defaults filled in.
 
     By default neurons, and attention in the largest units that leave a choice: KV groups where query heads share
-    several, the heads themselves where each has its own or all share one.
+    several, the heads themselves where each has its own or all share one. Experts go whole where weights count, and get
+    narrower where multiply-adds or time do, as a token goes through the same number of them.
 
     Raises:
         ValueError: units that the stock class cannot express were asked for with stock shapes; units or shapes that
@@ -27,7 +28,11 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
     silent = {word for axis in mute for word in (axis.name, axis.alias)} - said if config.shapes == "stock" else set()
     if config.units is None:
         grouped = {site.inner.name for site in anatomy.sites if site.share > 1 and site.sizes[site.outer.name] > 1}
-        first = [site.outer if site.inner.name in grouped else site.inner for site in anatomy.sites]
+        whole = config.metric in ("params", "bytes")
+        first = [
+            site.outer if (whole if site.routed else site.inner.name in grouped) else site.inner
+            for site in anatomy.sites
+        ]
         first.sort(key=lambda axis: not axis.aligned)
         return list(dict.fromkeys(axis.name for axis in first if axis.name not in silent))
     if silent.intersection(config.units):

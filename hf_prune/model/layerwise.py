@@ -88,12 +88,13 @@ def run(
     inputs_of: Sequence[str] = (),
     outputs_of: Sequence[str] = (),
     stop_at: str | None = None,
-) -> dict[str, torch.Tensor]:
-    """One layer on one batch: the asked inputs and outputs of its submodules by path, and its own under `OUTPUT`.
+) -> dict[str, Any]:
+    """One layer on one batch: the asked inputs and outputs of its submodules by path, and its own under `OUTPUT`. Of a
+    module with several inputs (experts: tokens, and which of them they are sent to, and by what weight) all of them.
 
     With `stop_at` the layer is left as soon as that path has been recorded, before it has an output.
     """
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Any] = {}
     with contextlib.ExitStack() as hooks:
         for path in inputs_of:
             hooks.enter_context(_tap_input(layer.get_submodule(path), path, seen, path == stop_at))
@@ -106,13 +107,14 @@ def run(
 
 
 @contextlib.contextmanager
-def _tap_input(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[path] = args[0]
+def _tap_input(module: nn.Module, path: str, seen: dict[str, Any], stop: bool) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], named: Kwargs) -> None:
+        given = inspect.signature(module.forward).bind(*args, **named).args if named else args
+        seen[path] = given[0] if len(given) == 1 else given
         if stop:
             raise _Stop
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -120,7 +122,7 @@ def _tap_input(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop
 
 
 @contextlib.contextmanager
-def _tap_output(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
+def _tap_output(module: nn.Module, path: str, seen: dict[str, Any], stop: bool) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         seen[path] = output
         if stop:

@@ -62,8 +62,8 @@ def _misfit(model: Any, family: Family) -> str:
     for site in sites:
         for axis in site.row.axes:
             said = raw(model.config, axis.config)
-            if said not in (None, site.sizes[axis.name]):
-                return f"{site.name} has {site.sizes[axis.name]} {axis.name} where {axis.config} is {said}"
+            if said not in (None, site.values[axis.config]):
+                return f"{site.name} has {site.values[axis.config]} {axis.name} where {axis.config} is {said}"
     return ""
 
 

@@ -17,13 +17,13 @@ import torch
 
 from .axes import Axis, Family, Part, Stack
 from .configs import set_
-from .cut import cut_, index_of
+from .cut import cut_
 from .depth import drop_layers_
 from .effects import changed
 from .embeddings import cut_tokens_
 from .feed import FIRST_ID, Feed, observed, tensors
 from .instance import build
-from .silence import skipped, zeroed
+from .silence import skipped, without
 from .sites import Extent, Site, find_sites, find_stacks, tensor_of
 from .tokens import token_parts
 
@@ -127,7 +127,7 @@ def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
 
 def _own_count(site: Site) -> int:
     of = site.sizes[site.outer.name]
-    return max(1, of // 2 - (0 if site.inner.tied else site.layer % 2))
+    return max(1, site.routed, of // 2 - (0 if site.inner.tied else site.layer % 2))
 
 
 def _some(site: Site, axis: Axis, count: int) -> list[int]:
@@ -171,14 +171,13 @@ def _differs(subject: Subject, sites: Sequence[Site], which: str) -> str:
     """Why the model with half of the units of the outer or the inner axis is not proven."""
     first = sites[0]
     of = first.sizes[first.outer.name] if which == "outer" else first.share
-    count = max(1, of // 2)
+    count = max(1, of // 2, first.routed if which == "outer" else 1)
     counts = (
         first.counts(count, first.share) if which == "outer" else first.counts(first.sizes[first.outer.name], count)
     )
     kept = {site.key: _some(site, getattr(site, which), count) for site in sites}
     small, masked = _cut(subject, sites, which, kept)
-    values: dict[str, Any] = {axis.config: counts[axis.name] for axis in first.row.axes}
-    values |= {key: counts[axis.name] for axis in first.row.axes for key in axis.also}
+    values: dict[str, Any] = dict(first.said(counts))
     values |= {a.width_config: s.widths[a.name] for s in sites for a in s.row.axes if a.width_config}
     config = changed(subject.model.config, values)
     for key, value in values.items():
@@ -194,9 +193,7 @@ def _cut(subject: Subject, sites: Sequence[Site], which: str, kept: Mapping[Any,
             axis = getattr(site, which).name
             cut_(small.get_submodule(site.path), site, axis, kept[site.key])
             left = site.expand(axis, kept[site.key])
-            for part in (part for part in site.parts if part.role == "reads"):
-                index = index_of(part, left, site.sizes, site.widths)
-                stack.enter_context(zeroed(subject.model.get_submodule(site.path), part.tensor, index, part.dim))
+            stack.enter_context(without(subject.model.get_submodule(site.path), site, left))
         return small, observed(subject.model, list(subject.feeds))
 
 

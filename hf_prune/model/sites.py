@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .axes import Axis, Family, Part, Stack, Sublayer
+from .configs import raw
 
 Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the model
 Counts = Mapping[str, int]  # axis -> units
@@ -37,6 +38,8 @@ class Site:
     shapes: Mapping[str, tuple[int, ...]]  # of the parameters among their tensors
     active: bool = True  # False: this model never runs it (cross-attention of a lone decoder)
     has_bias: bool = False  # of the consumer
+    routed: int = 0  # units of `outer` that each token goes through; 0: all of them
+    split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
 
     @property
     def key(self) -> Where:
@@ -78,7 +81,8 @@ class Site:
     @property
     def hidden(self) -> int:
         """Width of the stream that the consumer adds to."""
-        return self.shapes[self._read.tensor][1 - self._read.dim]
+        along = {part.dim for part in self.parts if part.tensor == self._read.tensor}
+        return next(size for dim, size in enumerate(self.shapes[self._read.tensor]) if dim not in along)
 
     def axis(self, name: str) -> Axis | None:
         """The axis of this name, or the one that it is another word for."""
@@ -100,7 +104,7 @@ class Site:
             ValueError: units that leave the remaining ones of the parent with different numbers.
         """
         outer, inner, share = self.outer.name, self.inner.name, self.share
-        if outer != inner and self.axis(axis) is self.outer:
+        if outer != inner and axis == outer:
             return {outer: list(kept), inner: [group * share + j for group in kept for j in range(share)]}
         each = Counter(unit // share for unit in kept)
         if len({*each.values()}) > 1:
@@ -109,35 +113,56 @@ class Site:
             )
         return {outer: sorted(each), inner: list(kept)}
 
+    @property
+    def values(self) -> dict[str, int]:
+        """The config values that describe the sizes."""
+        return self.said(self.sizes)
+
+    def said(self, counts: Counts) -> dict[str, int]:
+        """The config values that describe so many units."""
+        outer = max(counts[self.outer.name], 1)
+        return {
+            key: counts[axis.name] // (outer if axis.each else 1)
+            for axis in self.row.axes
+            for key in (axis.config, *axis.also)
+        }
+
     def resized(self, counts: Counts) -> Site:
         """The site with so many units."""
         shapes = {tensor: [*shape] for tensor, shape in self.shapes.items()}
         for part in self.parts:
             if part.tensor in shapes:
-                entries = sum(counts[axis] * part.entries(axis, self.widths) for axis in part.axes)
+                entries = sum(part.along(axis, counts) * part.entries(axis, self.widths) for axis in part.axes)
                 shapes[part.tensor][part.dim] = entries
         return replace(self, sizes=dict(counts), shapes={tensor: tuple(shape) for tensor, shape in shapes.items()})
 
     @cached_property
-    def _products(self) -> tuple[tuple[int, bool, tuple[Mapping[str, float], ...]], ...]:
-        """Of each tensor: its elements, whether it is a matrix, and of each of its dimensions the share of a unit."""
+    def _products(self) -> tuple[tuple[int, bool, bool, tuple[tuple[Part, Mapping[str, float]], ...]], ...]:
+        """Of each tensor: its elements, whether it is a matrix, whether a token goes through a part of it alone, and
+        of each of its dimensions the share of a unit."""
         found = []
         for tensor in dict.fromkeys(part.tensor for part in self.parts if part.tensor in self.shapes):
             here = [part for part in self.parts if part.tensor == tensor]
-            is_matrix = any(part.role != "carries" for part in here)
-            found.append((math.prod(self.shapes[tensor]), is_matrix, tuple(self._shares(part) for part in here)))
+            shape, roles = self.shapes[tensor], {part.role for part in here}
+            is_matrix = roles != {"carries"} and math.prod(shape) > max(shape)
+            in_turn = bool(self.routed) and "routes" not in roles
+            found.append((math.prod(shape), is_matrix, in_turn, tuple((part, self._shares(part)) for part in here)))
         return tuple(found)
 
     def _shares(self, part: Part) -> dict[str, float]:
         entries = {axis: part.entries(axis, self.widths) for axis in part.axes}
-        total = max(sum(self.sizes[axis] * entries[axis] for axis in part.axes), 1)
+        total = max(sum(part.along(axis, self.sizes) * entries[axis] for axis in part.axes), 1)
         return {axis: part.axes.count(axis) * entries[axis] / total for axis in entries}
 
     def elements(self, counts: Counts, matrices: bool = False) -> float:
-        """Elements of all parameters (of the matrices alone) with so many units: a product over their dimensions."""
+        """Elements of all parameters with so many units: a product over their dimensions. `matrices`: of those of
+        matrices that a token goes through."""
+        through = min(self.routed / max(counts[self.outer.name], 1), 1)
         return sum(
-            size * math.prod(sum(counts[axis] * share for axis, share in shares.items()) for shares in dimensions)
-            for size, is_matrix, dimensions in self._products
+            size
+            * math.prod(sum(part.along(a, counts) * share for a, share in shares.items()) for part, shares in dims)
+            * (through if matrices and in_turn else 1)
+            for size, is_matrix, in_turn, dims in self._products
             if is_matrix or not matrices
         )
 
@@ -177,7 +202,7 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     names = {stack.name for stack, _ in stacks}
     return [
-        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names)
+        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names, model.config)
         for stack, path in stacks
         for index, layer in enumerate(model.get_submodule(path))
         for row in stack.sublayers
@@ -209,7 +234,7 @@ def _placed(row: Sublayer, family: Family, config: Any) -> Sublayer:
     return replace(row, norm_place="after") if key and not getattr(config, key) else row
 
 
-def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str]) -> Site:
+def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str], config: Any) -> Site:
     parts = _parts_here(layer, row)
     tensors = {part.tensor: tensor_of(layer, part.tensor) for part in parts}
     widths = {axis.name: int(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
@@ -217,7 +242,9 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)
-    return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, _consumer_bias(layer, parts))
+    routed, split = (raw(config, key) if key else 0 for key in (row.axes[0].routed, row.axes[0].split))
+    bias = _consumer_bias(layer, parts)
+    return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, bias, routed, split or 1)
 
 
 def _has(layer: nn.Module, row: Sublayer) -> bool:
@@ -251,15 +278,15 @@ def _sizes(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], widths:
         ValueError: a tensor that whole units do not make up.
     """
     sizes: dict[str, int] = {}
-    for part in sorted(parts, key=lambda part: len(set(part.axes))):
-        known = sum(sizes[axis] * part.entries(axis, widths) for axis in part.axes if axis in sizes)
+    for part in sorted(parts, key=lambda part: (bool(part.within), len(set(part.axes)))):
+        known = sum(part.along(axis, sizes) * part.entries(axis, widths) for axis in part.axes if axis in sizes)
         unknown = {axis for axis in part.axes if axis not in sizes}
         if len(unknown) == 1:
             axis = unknown.pop()
             columns = (shapes[part.tensor][part.dim] - known) // part.axes.count(axis)
-            sizes[axis] = columns // part.entries(axis, widths)
+            sizes[axis] = columns // part.entries(axis, widths) * (sizes[part.within] if part.within else 1)
     for part in parts:
-        entries = sum(sizes.get(axis, 0) * part.entries(axis, widths) for axis in part.axes)
+        entries = sum(part.along(axis, sizes) * part.entries(axis, widths) for axis in part.axes if axis in sizes)
         if entries != shapes[part.tensor][part.dim]:
             raise ValueError(
                 f"{part.tensor} has {shapes[part.tensor]} entries, where {sizes} of {widths} columns make {entries} "

@@ -23,10 +23,12 @@ from tqdm.auto import tqdm
 
 from ..model import layerwise
 from ..model.cut import cut_, cut_arguments, kept_columns, put_
+from ..model.experts import Call, down_matrices, set_down_matrices_, slots
 from ..model.layerwise import OUTPUT, Stream
 from ..model.sites import Site, input_axis, readers
 from ..plan import Kept, PruningPlan, Where
 from ..score.statistics import rows_of
+from .experts import Routed, refit_experts
 from .solve import (
     BLENDS,
     TOKENS_A_COLUMN,
@@ -83,8 +85,9 @@ class StackRepair:
             self._advanced = False
             for position, site in enumerate(here):
                 read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
-                realigned = diverged and self.method == "least_squares" and self._realign_(index, layer, site, read)
-                bridges = site is here[-1] and wanted is not None and self.method == "least_squares"
+                linear = self.method == "least_squares" and not site.routed
+                realigned = diverged and linear and self._realign_(index, layer, site, read)
+                bridges = site is here[-1] and wanted is not None and linear
                 gap = following - index - 1 if bridges else 0
                 if gap or not self.plan[site.key].is_identity:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
@@ -155,6 +158,8 @@ class StackRepair:
     ) -> dict[str, Any]:
         """Cut and repair the last of the sublayers `upto`; those before it are done."""
         site = upto[-1]
+        if site.routed:
+            return self._experts_(index, layer, upto, targets)
         planned = self.plan[site.key]
         consumer = layer.get_submodule(site.consumer)
         calibration, *held_out = self._moments(index, layer, upto, targets, matrix_of(consumer))
@@ -175,6 +180,55 @@ class StackRepair:
         if self.method == "least_squares" and site.row.norm_place and targets is not None and calibration.tokens:
             report["norm_refitted"] = self._norm_(index, layer, upto, targets, is_last)
         return report
+
+    def _experts_(self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets) -> dict[str, Any]:
+        """`_site_` of experts, whose refit sees what all experts of a token give together."""
+        site = upto[-1]
+        wanted = self._wanted(index, layer, upto, targets)
+        cut_(layer, site, self.plan[site.key].axis, self.plan[site.key].kept)
+        module: Any = layer.get_submodule(site.consumer)
+        report = {"site": site.name, "error_before": 0.0, "error_after": 0.0, "accepted": False}
+        if self.method != "least_squares" or getattr(module, "has_post_expert_norm", False):
+            return report
+        found = refit_experts(down_matrices(module), self._routed(index, layer, site, wanted))
+        set_down_matrices_(module, found.matrices)
+        errors = {"error_before": found.error_before, "error_after": found.error_after}
+        return report | errors | {"accepted": found.accepted > 0, "experts": found.accepted}
+
+    def _wanted(
+        self, index: int, layer: nn.Module, upto: Sequence[Site], targets: Targets
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of the real tokens of each batch, what the dense experts give in the pruned stream, and what is missing of
+        the dense one besides; [n, D] each."""
+        *done, site = upto
+        found = []
+        for batch, state in enumerate(self.pruned.states):
+            ends = [*(_end(other) for other in done), site.consumer]
+            arguments = self.pruned.kwargs[index][batch]
+            seen = layerwise.run(layer, state, arguments, outputs_of=ends, stop_at=site.consumer)
+            own = seen[site.consumer].view_as(state)
+            rest = torch.zeros_like(own) if targets is None else targets[batch] - self._before(state, seen, done) - own
+            found.append((rows_of(own, self.masks[batch]), rows_of(rest, self.masks[batch])))
+        return found
+
+    def _routed(
+        self, index: int, layer: nn.Module, site: Site, wanted: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Routed:
+        """What the experts that remain read of all real tokens in the pruned stream."""
+        module: Any = layer.get_submodule(site.consumer)
+        weights = token_weights(self.gradients[site.key], self.masks) if site.key in self.gradients else []
+        calls, sets, counts = [], [], []
+        for batch, state in enumerate(self.pruned.states):
+            arguments, mask = self.pruned.kwargs[index][batch], self.masks[batch]
+            seen = layerwise.run(layer, state, arguments, inputs_of=[site.consumer], stop_at=site.consumer)
+            calls.append(slots(module, Call.of(seen[site.consumer], mask)))
+            examples = self.held_out[batch].repeat_interleave(state.shape[:-1].numel() // len(state))
+            sets.append(examples if mask is None else examples[mask.to(examples.device)])
+            counts += [rows_of(weights[batch], mask)] if batch < len(weights) else []
+        inputs, chosen = (torch.cat(each) for each in zip(*calls, strict=True))
+        own, residual = (torch.cat(each) for each in zip(*wanted, strict=True))
+        fitted = torch.cat(sets).to(own.device)
+        return Routed(inputs, chosen, own, residual, fitted, torch.cat(counts) if len(counts) == len(sets) else None)
 
     def _before(self, state: torch.Tensor, seen: Mapping[str, torch.Tensor], done: Sequence[Site]) -> torch.Tensor:
         """The pruned stream in front of a sublayer, from what the finished sublayers gave."""

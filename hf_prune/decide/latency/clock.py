@@ -109,7 +109,8 @@ def grid_of(site: Site, align: int) -> Grid:
         return Grid(axes, [1], [1])
     each = evenly(range(1, site.share + 1), 3)
     step = align if site.outer.aligned else 1
-    return Grid(axes, evenly([*range(step, most, step), most], POINTS // len(each)), each)
+    counts = [count for count in (*range(step, most, step), most) if count >= site.routed]
+    return Grid(axes, evenly(counts, POINTS // len(each)), each)
 
 
 def _first(site: Site, groups: int, each: int) -> list[int]:

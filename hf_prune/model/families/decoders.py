@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..axes import Axis, Count, Family, NormPlace, Part, Stack, Stock, Sublayer, made_by, read_by
-from .words import QKV_OUT, QKVO, attention, ffn, fused_attention, grouped_heads, heads, layers, neurons
+from .words import QKV_OUT, QKVO, attention, experts, ffn, fused_attention, grouped_heads, heads, layers, neurons
 
 GATED = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -157,7 +157,7 @@ def neurons_alone(model_type: str, path: str, axis: Axis | str, up: str, down: s
 
 
 def experts_among(model_type: str, *others: Sublayer, more: tuple[Part, ...] = (), stock: Stock = "any") -> Family:
-    """Llama's attention before experts, which are left whole, or (in some layers) before a dense FFN."""
+    """Llama's attention before experts, or (in some layers) before a dense FFN."""
     return decoder(model_type, "layers", llama_attention(stock, more=more), *others)
 
 
@@ -183,6 +183,12 @@ def dense_among() -> Sublayer:
     return llama_ffn(count=False, optional=True)
 
 
+def beside_shared(count: str, **options: str) -> Sublayer:
+    """Experts beside shared ones, whose width is several times the same key: the config cannot say one without the
+    other."""
+    return experts(count, "moe_intermediate_size", stock="none", **options)  # type: ignore[arg-type]
+
+
 def shared_expert() -> Sublayer:
     at = "mlp.shared_expert"
     ups, down = (f"{at}.gate_proj", f"{at}.up_proj"), f"{at}.down_proj"
@@ -202,6 +208,7 @@ def lfm2() -> Family:
     return decoder("lfm2", "layers", llama_attention("any", output="out_proj", optional=True), neurons_)
 
 
+QWEN_EXPERTS = ("num_experts", "moe_intermediate_size")
 INNER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 DECODERS = (
@@ -237,14 +244,29 @@ DECODERS = (
     neurons_alone("bloom", "h", neurons("n_inner", "none"), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", depth="n_layer"),
     # one norm spans the queries of all heads: with fewer of them it gives other values
     *(decoder(name, "layers", llama_ffn(INNER[1])) for name in ("olmo2", "olmo3")),
-    *map(experts_among, ("mixtral", "granitemoe")),
-    experts_among("qwen2_moe", dense_among(), shared_expert()),
-    experts_among("qwen3_moe", dense_among()),
-    *(experts_among(name, dense_among()) for name in ("glm4_moe", "ernie4_5_moe", "hy_v3")),
-    experts_among("gpt_oss", more=sinks()),
-    decoder("deepseek_v3", "layers", latent_attention(), dense_among()),  # shared experts have no key
+    experts_among("mixtral", experts("num_local_experts", "intermediate_size")),
+    experts_among("granitemoe", experts("num_local_experts", "intermediate_size", "block_sparse_moe", "router")),
+    experts_among("qwen2_moe", dense_among(), shared_expert(), experts(*QWEN_EXPERTS)),
+    experts_among("qwen3_moe", dense_among(), experts(*QWEN_EXPERTS)),
+    experts_among("glm4_moe", dense_among(), beside_shared("n_routed_experts", split="n_group")),
+    experts_among("ernie4_5_moe", dense_among(), beside_shared("moe_num_experts", routed="moe_k")),
+    experts_among("hy_v3", dense_among(), beside_shared("num_experts")),
+    experts_among(
+        "gpt_oss",
+        experts(
+            "num_local_experts", "intermediate_size", router="router", interleaved=True, columns="intermediate_size"
+        ),
+        more=sinks(),
+    ),
+    decoder(
+        "deepseek_v3",
+        "layers",
+        latent_attention(),
+        dense_among(),
+        beside_shared("n_routed_experts", split="n_group"),
+    ),
     qwen3_5("qwen3_5_text", llama_ffn()),
-    qwen3_5("qwen3_5_moe_text", shared_expert()),
-    qwen3_5("qwen3_next", dense_among(), shared_expert()),
+    qwen3_5("qwen3_5_moe_text", shared_expert(), experts(*QWEN_EXPERTS)),
+    qwen3_5("qwen3_next", dense_among(), shared_expert(), experts(*QWEN_EXPERTS)),
     lfm2(),
 )
