@@ -24,7 +24,7 @@ from .tokens import token_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNITS = ("neurons", "heads", "layers", "tokens")  # KV groups go with their heads
+UNITS = ("neurons", "heads", "experts", "width of experts", "layers", "tokens")  # KV groups go with their heads
 
 _KNOWN: dict[tuple[type, str], Family] = {}
 
@@ -48,9 +48,16 @@ def _fitting(model: Any, family: Family) -> Family:
             _misfit(model, replace(family, stacks=(replace(stack, sublayers=(row,)),))) for row in stack.sublayers
         ]
         fits = [row for row, reason in zip(stack.sublayers, misfits, strict=True) if not reason]
-        wrong += [(r.axes[-1].name, reason) for r, reason in zip(stack.sublayers, misfits, strict=True) if reason]
+        lost = [(row, reason) for row, reason in zip(stack.sublayers, misfits, strict=True) if reason]
+        wrong += [(row.axes[-1].name, reason) for row, reason in lost]
+        fits = [_mute(row, {axis.config for other, _ in lost for axis in other.axes}) for row in fits]
         stacks.append(replace(stack, sublayers=tuple(fits)))
     return replace(family, stacks=tuple(stacks), refused=(*wrong, *family.refused))
+
+
+def _mute(row: Sublayer, keys: set[str]) -> Sublayer:
+    """The row whose axes these keys cannot say, as they size something else that does not go."""
+    return replace(row, axes=tuple(replace(a, stock="none") if a.config in keys else a for a in row.axes))
 
 
 def _misfit(model: Any, family: Family) -> str:
@@ -157,11 +164,21 @@ def _units(
                 stock = _stock_of(subject, alternative) if candidate.word == "heads" else "any"
                 for stack in alternative:
                     rows.setdefault(stack.name, []).extend(_with_stock(row, stock) for row in stack.sublayers)
-                result.proven.setdefault(candidate.word, []).append(candidate.keys[-1])
+                for word, key in _proven(candidate, alternative):
+                    result.proven.setdefault(word, []).append(key)
                 break
         if reason:
             result.refused.setdefault(candidate.word, []).append(f"{' and '.join(candidate.keys)}: {reason}")
     return rows
+
+
+def _proven(candidate: derive.Candidate, stacks: Sequence[Stack]) -> list[tuple[str, str]]:
+    """The units that a proven candidate holds, and the keys that size them."""
+    if candidate.word != "experts":
+        return [(candidate.word, candidate.keys[-1])]
+    axes = dict.fromkeys(axis for stack in stacks for row in stack.sublayers for axis in row.axes)
+    said = [("width of experts" if axis.each else axis.name, axis.config) for axis in axes if axis.stock != "none"]
+    return list(dict.fromkeys(said))
 
 
 ODD = 5  # a number of heads that divides no hidden size of a small instance
