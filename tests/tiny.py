@@ -469,6 +469,9 @@ def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
 
 def _cut_somewhere(site: Any, shift: int) -> Any:
     units, groups = site.sizes[site.inner.name], site.sizes[site.outer.name]
+    if site.routed:  # whole experts in the odd layers, narrower ones in the even ones
+        narrower = [unit for unit in range(units) if (unit % site.share) % 2 == (unit // site.share) % 2]
+        return keep(site, [0, *range(2, groups)], site.outer.name) if shift % 2 else keep(site, narrower)
     if not site.inner.mixes:
         return keep(site, [i for i in range(units) if i % 3 != 1][: units // 2 + 3 * shift])
     if groups == units:

@@ -54,10 +54,12 @@ def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:
         )
     here = {word for site in anatomy.sites for axis in site.row.axes for word in (axis.name, axis.alias)}
     refused |= {"kv_groups": refused["heads"]} if "heads" in refused else {}
-    missing = [unit for unit in config.units or () if unit in refused and unit not in here | {"layers", "tokens"}]
+    missing = [unit for unit in config.units or () if unit not in here | {"layers", "tokens"}]
     if missing:
+        why = refused.get(missing[0], "its row has none")
         raise ValueError(
-            f"units={config.units}: no {missing[0]} of this {anatomy.model_type} can go: {refused[missing[0]]}."
+            f"units={config.units}: no {missing[0]} of this {anatomy.model_type} can go: {why}. Here are "
+            f"{', '.join((*dict.fromkeys(axis.name for s in anatomy.sites for axis in s.row.axes), 'layers, tokens'))}."
         )
 
 

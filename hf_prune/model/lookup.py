@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 UNITS = ("neurons", "heads", "experts", "width of experts", "layers", "tokens")  # KV groups go with their heads
 
+
+def unit_word(axis: Axis) -> str:
+    """What the tables call an axis of a sublayer."""
+    return "width of experts" if axis.each else {"kv_groups": "heads"}.get(axis.name, axis.name)
+
+
 _KNOWN: dict[tuple[type, str], Family] = {}
 
 
@@ -177,8 +183,7 @@ def _proven(candidate: derive.Candidate, stacks: Sequence[Stack]) -> list[tuple[
     if candidate.word != "experts":
         return [(candidate.word, candidate.keys[-1])]
     axes = dict.fromkeys(axis for stack in stacks for row in stack.sublayers for axis in row.axes)
-    said = [("width of experts" if axis.each else axis.name, axis.config) for axis in axes if axis.stock != "none"]
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys((unit_word(axis), axis.config) for axis in axes if axis.stock != "none"))
 
 
 ODD = 5  # a number of heads that divides no hidden size of a small instance

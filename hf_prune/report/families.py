@@ -18,7 +18,7 @@ from ..files import write_text
 from ..model.axes import Family
 from ..model.families import FAMILIES, registered
 from ..model.instance import classes_of, instance, quiet
-from ..model.lookup import UNITS, Derivation, derivation
+from ..model.lookup import UNITS, Derivation, derivation, unit_word
 from ..model.sites import find_sites
 
 FILE = Path(__file__).with_name("families.json")
@@ -113,22 +113,18 @@ def _short(error: Exception) -> str:
 
 def _stock(hand: Family | None, found: Derivation) -> list[str]:
     """Units that a stock config can have fewer of: by the row, and by what is proven."""
-    said = {_unit(axis.name) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
+    said = {unit_word(axis) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
     return [unit for unit in UNITS if unit in said or found.proven.get(unit)]
 
 
 def _per_layer(hand: Family | None) -> list[str]:
     """Units of which every layer can have other numbers: with a row, those of its sublayers."""
-    said = {_unit(axis.name) for axis in _axes(hand)} if hand else set()
+    said = {unit_word(axis) for axis in _axes(hand)} if hand else set()
     return [unit for unit in UNITS if unit in said]
 
 
 def _axes(family: Family | None) -> list[Any]:
     return [axis for stack in (family.stacks if family else ()) for row in stack.sublayers for axis in row.axes]
-
-
-def _unit(axis: str) -> str:
-    return "heads" if axis == "kv_groups" else axis
 
 
 def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
@@ -202,7 +198,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"| {row['type']} | {row['by']} | {' | '.join(FORMS[form_of(row, unit)] for unit in UNITS)} |" for row in ran
     )
     rest = "\n".join(f"- `{row['type']}`: {row['why']}" for row in rows if "why" in row)
-    return PAGE.format(**{**found, "rows": lines, "total": total, "rest": rest, "ran": len(ran), "all": len(rows)})
+    table = {"units": " | ".join(UNITS), "rule": "---|" * len(UNITS), "rows": lines, "total": total, "rest": rest}
+    return PAGE.format(**{**found, **table, "ran": len(ran), "all": len(rows)})
 
 
 PAGE = """# What can be cut from which model type
@@ -219,8 +216,8 @@ checkpoint says it, the same number in every layer. "per layer": only hf_prune's
 |---|--:|--:|
 {total}
 
-| model type | row | neurons | heads | layers | tokens |
-|---|---|---|---|---|---|
+| model type | row | {units} |
+|---|---|{rule}
 {rows}
 
 ## Types of which no small instance runs here

@@ -141,7 +141,7 @@ def weight_squares(layer: Any, site: Site, axis: str) -> torch.Tensor:
             continue
         tensor = tensor_of(layer, part.tensor).detach().float().square().cpu()
         if whole:
-            total = total + tensor.transpose(0, part.dim).flatten(1).sum(1, keepdim=True)
+            total = total + tensor.transpose(0, part.dim).reshape(site.sizes[axis], -1).sum(1, keepdim=True)
             continue
         along = tensor.transpose(1, part.dim).flatten(2).sum(2)  # [E, entries]
         blocks = along.split(along.shape[1] // len(part.axes), 1)
