@@ -21,7 +21,7 @@ from hf_prune.score.losses import example_losses
 from hf_prune.score.statistics import gated as gated_sites
 from hf_prune.score.statistics import gradients, statistics
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "ernie4_5_moe")
 EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}
 
 
@@ -202,6 +202,20 @@ def test_experts_in_groups_stay_as_many_in_each(tmp_path):
     assert distance(outputs(again, data[0]), outputs(model, data[0])) <= 1e-5
 
 
+def test_shared_experts_get_narrower_with_the_others(tmp_path):
+    """Two shared experts are one FFN, twice as wide as the key says."""
+    model = tiny_model("deepseek_v3", n_shared_experts=2, moe_intermediate_size=32)
+    data = data_for(model)
+    config = PruningConfig(keep=0.9, metric="params", units=["neurons"], align=8)
+    kept = {k.where[2]: len(k.kept) for k in prune(model, data, config).plan.sites}
+    width = model.config.moe_intermediate_size
+    assert width < 32
+    assert (kept["experts"], kept["shared_ffn"]) == (4 * width, 2 * width)
+    save_pretrained(model, tmp_path / "m", data)
+    again = type(model).from_pretrained(tmp_path / "m").eval()
+    assert distance(outputs(again, data[0]), outputs(model, data[0])) <= 1e-5
+
+
 def test_whole_experts_cost_parameters_narrower_ones_multiply_adds():
     model = tiny_model("mixtral", **EIGHT)
     units = {
@@ -234,8 +248,7 @@ def test_no_experts_to_remove(family):
 def test_half_of_the_experts_are_repaired_and_reopen(tmp_path, family, units):
     model = tiny_model(family)
     data = data_for(model)
-    shapes = "per_layer" if family == "deepseek_v3" and units == "neurons" else "stock"
-    config = PruningConfig(keep=0.01, metric="params", units=[units], shapes=shapes, align=8, candidates=1)
+    config = PruningConfig(keep=0.01, metric="params", units=[units], align=8)
     with pytest.raises(ValueError) as caught:
         prune(copy.deepcopy(model), data, config)
     least = float(str(caught.value).split("the least is ")[1][:5])

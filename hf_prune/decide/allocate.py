@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -163,7 +163,7 @@ def _ranking(
     if split:
         counts = [(groups, r) for r in outer or [each]]
     elif each == 1 and free:
-        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align)]
+        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align, times=site.times)]
     else:
         counts = [(g, r) for g in outer or [groups] for r in inner]
     if shapes == "stock" and site.inner.stock == "divisors":
@@ -172,9 +172,9 @@ def _ranking(
     return Ranking(unit, scores.reshape(groups, each), tuple(counts))
 
 
-def _allowed(axis: Axis, of: int, align: int, least: int = 1) -> list[int]:
-    """The counts that an axis of so many units may take."""
-    step = math.lcm(align if axis.aligned else 1, axis.step)
+def _allowed(axis: Axis, of: int, align: int, least: int = 1, times: int = 1) -> list[int]:
+    """The counts that an axis of so many units may take, where the config counts every `times`-th."""
+    step = math.lcm(align if axis.aligned else 1, axis.step) * times
     return [count for count in (*range(step, of, step), of) if count >= least]
 
 
@@ -212,19 +212,24 @@ def _with_common_counts(groups: list[list[Site]], rankings: dict[Where, Ranking]
     """
     found: dict[Where, Ranking] = {}
     for members in groups:
-        keys = set.intersection(*({*site.values} for site in members))
         offers = [
-            {_said(site, _sizes(site, rankings[site.key], c), keys): c for c in rankings[site.key].counts}
+            {_said(site.said(_sizes(site, rankings[site.key], c)), site): c for c in rankings[site.key].counts}
             for site in members
         ]
-        common = [count for count in offers[0] if all(count in offer for offer in offers)]
+        most = max(range(len(members)), key=lambda i: len(members[i].values))  # experts say more than what is beside
+        every = [dict(said) for said in offers[most]]
+        common = [
+            values for values in every if all(_said(values, s) in o for s, o in zip(members, offers, strict=True))
+        ]
         if not common:
             raise ValueError(
                 f"{members[0].name} and the {len(members) - 1} sites that must match it differ already and share no "
                 "allowed count. Use shapes='per_layer', or a smaller align."
             )
         narrowed = {
-            id(rankings[site.key]): replace(rankings[site.key], counts=tuple(offer[count] for count in common))
+            id(rankings[site.key]): replace(
+                rankings[site.key], counts=tuple(offer[_said(values, site)] for values in common)
+            )
             for site, offer in zip(members, offers, strict=True)
         }
         found.update({site.key: narrowed[id(rankings[site.key])] for site in members})
@@ -250,9 +255,9 @@ def _sizes(site: Site, ranking: Ranking, count: Count) -> Counts:
     return site.counts(count[0], units // count[0])
 
 
-def _said(site: Site, counts: Counts, keys: Collection[str]) -> Where:
-    """What the config says of so many units, of the keys that all sites of a group have."""
-    return tuple((key, value) for key, value in site.said(counts).items() if key in keys)
+def _said(values: Mapping[str, int], site: Site) -> Where:
+    """Of config values those that size a site."""
+    return tuple((key, values[key]) for key in site.values)
 
 
 def _kept(site: Site, ranking: Ranking, count: Count) -> Kept:

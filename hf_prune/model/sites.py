@@ -39,6 +39,7 @@ class Site:
     active: bool = True  # False: this model never runs it (cross-attention of a lone decoder)
     has_bias: bool = False  # of the consumer
     routed: int = 0  # units of `outer` that each token goes through; 0: all of them
+    times: int = 1  # units of `inner` for each that the config counts
     split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
 
     @property
@@ -122,7 +123,7 @@ class Site:
         """The config values that describe so many units."""
         outer = max(counts[self.outer.name], 1)
         return {
-            key: counts[axis.name] // (outer if axis.each else 1)
+            key: counts[axis.name] // (outer if axis.each else self.times if axis.times else 1)
             for axis in self.row.axes
             for key in (axis.config, *axis.also)
         }
@@ -242,9 +243,24 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)
-    routed, split = (raw(config, key) if key else 0 for key in (row.axes[0].routed, row.axes[0].split))
-    bias = _consumer_bias(layer, parts)
-    return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, bias, routed, split or 1)
+    outer, inner = row.axes[0], row.axes[-1]
+    routed, times, split = (raw(config, key) if key else 0 for key in (outer.routed, inner.times, outer.split))
+    return Site(
+        stack,
+        index,
+        row.kind,
+        path,
+        row,
+        sizes,
+        widths,
+        parts,
+        shapes,
+        active,
+        has_bias=_consumer_bias(layer, parts),
+        routed=routed,
+        times=times or 1,
+        split=split or 1,
+    )
 
 
 def _has(layer: nn.Module, row: Sublayer) -> bool:

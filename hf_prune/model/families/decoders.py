@@ -183,10 +183,16 @@ def dense_among() -> Sublayer:
     return llama_ffn(count=False, optional=True)
 
 
-def beside_shared(count: str, **options: str) -> Sublayer:
-    """Experts beside shared ones, whose width is several times the same key: the config cannot say one without the
-    other."""
-    return experts(count, "moe_intermediate_size", stock="none", **options)  # type: ignore[arg-type]
+def beside_shared(model_type: str, attention: Sublayer, count: str, shared: str, **options: str) -> Family:
+    """Experts beside shared ones, which are one FFN as wide as several of them; dense layers in front.
+
+    `shared`: key of how many.
+    """
+    axis = replace(neurons("moe_intermediate_size"), times=shared, step=8)
+    at = "mlp.shared_experts"
+    beside = ffn(axis, [f"{at}.gate_proj", f"{at}.up_proj"], f"{at}.down_proj", kind="shared_ffn", optional=True)
+    mixed = experts(count, "moe_intermediate_size", **options)  # type: ignore[arg-type]
+    return decoder(model_type, "layers", attention, dense_among(), mixed, beside)
 
 
 def shared_expert() -> Sublayer:
@@ -248,22 +254,16 @@ DECODERS = (
     experts_among("granitemoe", experts("num_local_experts", "intermediate_size", "block_sparse_moe", "router")),
     experts_among("qwen2_moe", dense_among(), shared_expert(), experts(*QWEN_EXPERTS)),
     experts_among("qwen3_moe", dense_among(), experts(*QWEN_EXPERTS)),
-    experts_among("glm4_moe", dense_among(), beside_shared("n_routed_experts", split="n_group")),
-    experts_among("ernie4_5_moe", dense_among(), beside_shared("moe_num_experts", routed="moe_k")),
-    experts_among("hy_v3", dense_among(), beside_shared("num_experts")),
+    beside_shared("glm4_moe", llama_attention(), "n_routed_experts", "n_shared_experts", split="n_group"),
+    beside_shared("ernie4_5_moe", llama_attention(), "moe_num_experts", "moe_num_shared_experts", routed="moe_k"),
+    beside_shared("hy_v3", llama_attention(), "num_experts", "num_shared_experts"),
+    beside_shared("deepseek_v3", latent_attention(), "n_routed_experts", "n_shared_experts", split="n_group"),
     experts_among(
         "gpt_oss",
         experts(
             "num_local_experts", "intermediate_size", router="router", interleaved=True, columns="intermediate_size"
         ),
         more=sinks(),
-    ),
-    decoder(
-        "deepseek_v3",
-        "layers",
-        latent_attention(),
-        dense_among(),
-        beside_shared("n_routed_experts", split="n_group"),
     ),
     qwen3_5("qwen3_5_text", llama_ffn()),
     qwen3_5("qwen3_5_moe_text", shared_expert(), experts(*QWEN_EXPERTS)),
