@@ -16,6 +16,7 @@ from typing import Any
 
 from ..files import write_text
 from ..model.axes import Family
+from ..model.configs import holder
 from ..model.families import FAMILIES, registered
 from ..model.instance import classes_of, instance, quiet
 from ..model.lookup import UNITS, Derivation, derivation, unit_word
@@ -137,19 +138,21 @@ def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
         own = ours.get(f"{site.path}.{site.consumer}")
         if own is None:
             wrong.append(f"{site.name}: only derived ({site.consumer})")
-        elif _said(own) != _said(site):
-            wrong.append(f"{site.name}: {sorted(_said(own) ^ _said(site))[:2]}")
+        elif differ := _said(own, model.config) ^ _said(site, model.config):
+            wrong.append(f"{site.name}: {sorted(differ)[:2]}")
     return wrong
 
 
-def _said(site: Any) -> set[tuple[Any, ...]]:
+def _said(site: Any, config: Any) -> set[tuple[Any, ...]]:
     """What a site says: which tensors its units run along, in which order, and what sizes them."""
     parts = {
         (part.tensor, part.dim, *((axis, part.entries(axis, site.widths)) for axis in part.axes))
         for part in site.parts
         if part.role != "carries"
     }
-    return parts | {(axis.name, axis.config, site.sizes[axis.name]) for axis in site.row.axes}
+    keys = {axis.name: holder(config, axis.config) for axis in site.row.axes}
+    own = {name: inside.attribute_map.get(key, key) for name, (inside, key) in keys.items()}  # a key of several names
+    return parts | {(axis.name, own[axis.name], site.sizes[axis.name]) for axis in site.row.axes}
 
 
 def save(rows: Iterable[Row], date: str) -> None:
