@@ -124,8 +124,8 @@ class PruningCallback(TrainerCallback):
         anatomy: Anatomy = describe(model)
         if any(site.routed for site in anatomy.sites):
             raise ValueError(
-                f"PruningCallback masks what one matrix reads, and this {anatomy.model_type} has experts. PruningTrainer "
-                "cuts them."
+                f"PruningCallback masks what one matrix reads, and this {anatomy.model_type} has experts. "
+                "PruningTrainer cuts them."
             )
         self._anatomy, self._align = anatomy, self.pruning.align or default_align(anatomy, model.device.type)
         units = choose_units(anatomy, self.pruning)
