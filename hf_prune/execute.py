@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .decide.costs import planned_sizes
 from .model import layerwise
 from .model.anatomy import Anatomy
 from .model.batches import Batch, forward_inputs, token_mask
-from .model.cut import cut_
+from .model.cut import cut_, cut_wide_
 from .model.depth import check_droppable, drop_layers_
 from .model.embeddings import counted_from, cut_tokens_
 from .model.sites import Extent, Site
 from .model.weights import quiet
-from .plan import PruningPlan, Where, must_be_plan
+from .model.wide import HIDDEN
+from .plan import Kept, PruningPlan, Where, must_be_plan
 from .repair.walk import StackRepair
 from .vocabulary.choice import token_configs
 from .vocabulary.renumbering import named_in_configs, renumber_
@@ -44,6 +46,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
         dense = {e.where: layerwise.capture(model, _layers(model, e), inputs) for e in stacks} if repaired else {}
+        _narrow_(model, anatomy, plan)
         for extent in stacks:
             by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]
             changes = changes or _changes(plan, extent)
@@ -69,6 +72,14 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                 drop_layers_(model, extent, kept)
         _shorten_(model, anatomy, plan, repair.batches)
     return reports
+
+
+def _narrow_(model: nn.Module, anatomy: Anatomy, plan: PruningPlan) -> None:
+    """Cut the axes that run through the whole model."""
+    for extent in (extent for extent in anatomy.extents if extent.is_wide):
+        chosen = plan.get(extent.where)
+        if chosen is not None and not chosen.is_identity:
+            cut_wide_(model, extent, chosen.kept)
 
 
 def _changes(plan: PruningPlan, extent: Extent) -> bool:
@@ -125,7 +136,7 @@ def _first_output(model: Any, rows: Sequence[Sequence[int]], tokens: Collection[
 
 def touched(model: nn.Module, anatomy: Anatomy, plan: PruningPlan) -> list[nn.Module]:
     """All modules that carrying out a plan may change."""
-    if plan.get(()) is not None:
+    if any(plan.get(extent.where) is not None for extent in anatomy.extents if extent.parts):
         return list(model.modules())
     paths = [extent.path for extent in anatomy.extents if extent.path]
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
@@ -153,12 +164,29 @@ def check_plan(model: Any, anatomy: Anatomy, plan: PruningPlan) -> None:
         kept = {*chosen_of.kept}
         if extent.path:
             check_droppable(model, anatomy)
-        needed = {*extent.axis.fixed} if extent.path else _needed_tokens(model, extent)
+        if extent.is_wide:
+            _check_width(anatomy, plan, extent, chosen_of)
+        needed = {*extent.axis.fixed} if extent.where else _needed_tokens(model, extent)
         if not needed <= kept:
             raise ValueError(
                 f"The plan drops {extent.axis.name} {sorted(needed - kept)[:10]} of this {anatomy.model_type}, which "
                 "cannot go: the config names these tokens, or later layers read what that layer makes."
             )
+
+
+def _check_width(anatomy: Anatomy, plan: PruningPlan, extent: Extent, chosen: Kept) -> None:
+    """Raise ValueError where the stock class would build other shapes than a narrower stream leaves."""
+    sizes, width = planned_sizes(anatomy, plan), len(chosen.kept)
+    if extent.where != HIDDEN:
+        return
+    wrong = [site for site in anatomy.sites if site.key in sizes and not site.fits(sizes[site.key], width)]
+    if wrong or width in extent.never:
+        heads = f" beside {sizes[wrong[0].key]} units of {wrong[0].name}" if wrong else ""
+        raise ValueError(
+            f"The plan keeps {width} of {extent.of} hidden channels{heads}, which a stock {anatomy.model_type} cannot "
+            "say: as many channels as its heads have together, or a multiple of their number. prune(...) with "
+            "units=['hidden'] makes plans that fit."
+        )
 
 
 def _needed_tokens(model: Any, extent: Extent) -> set[int]:

@@ -55,7 +55,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
         "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
-        "reading", "sublayers", "derive", "prove", "lookup", "anatomy", "mask", "layerwise", "batches",
+        "reading", "sublayers", "derive", "prove", "lookup", "wide", "anatomy", "mask", "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (

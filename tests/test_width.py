@@ -1,0 +1,136 @@
+"""Hidden channels: a narrower stream is found, counted, cut, saved and opened, on every family whose row has it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import ALL_CLASSES, changed, distance, keep, outputs, snapshot, tiny_batch, tiny_model
+
+from hf_prune import PruningConfig, describe, prune, save_pretrained
+from hf_prune.decide.costs import planned_sizes, report
+from hf_prune.model.cut import index_of
+from hf_prune.model.families import FAMILIES
+from hf_prune.model.mask import masked
+from hf_prune.model.sites import tensor_of
+from hf_prune.model.wide import HIDDEN
+from hf_prune.plan import Kept, PruningPlan
+
+NARROW = [name for name, row in FAMILIES.items() if row.hidden]
+CLASS_OF = {family: ALL_CLASSES[family][0] for family in NARROW}
+
+
+@pytest.fixture(params=NARROW)
+def model(request):
+    return tiny_model(request.param, CLASS_OF[request.param])
+
+
+def narrower(anatomy, kept):
+    """A plan that keeps these channels, and as many heads as the stock class then has."""
+    width, extent = len(kept), anatomy.extent(*HIDDEN)
+    sites = []
+    for site in anatomy.sites:
+        whole = site.sizes[site.inner.name]
+        units = whole if site.fits(site.sizes, width) else whole * width // extent.of
+        sites.append(keep(site, range(units)))
+    return PruningPlan(anatomy.model_type, (Kept(HIDDEN, "hidden", extent.of, tuple(kept)), *sites))
+
+
+def halved(anatomy, seed=0):
+    extent = anatomy.extent(*HIDDEN)
+    count = 24 if 24 not in extent.never and 16 in extent.never else 16
+    order = torch.randperm(extent.of, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:count].tolist()), sorted(order[count:].tolist())
+
+
+@torch.no_grad()
+def doubled(model, kept, gone):
+    """Make each channel that goes a copy of one that stays, which nothing reads: norms see the same statistics."""
+    model = copy.deepcopy(model)
+    copies = [kept[i % len(kept)] for i in range(len(gone))]
+    for part in describe(model).extent(*HIDDEN).parts:
+        values = tensor_of(model, part.tensor).movedim(part.dim, 0)
+        values[gone] = 0 if part.role == "reads" else values[copies].clone()
+    return model
+
+
+def untied(family):
+    return tiny_model(family, CLASS_OF[family], tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("family", [f for f in NARROW if f != "electra"])  # half its width means something else
+def test_channels_that_repeat_others_change_nothing(family):
+    model = untied(family)
+    anatomy, batch = describe(model), tiny_batch(model)
+    kept, gone = halved(anatomy)
+    plan, dense = narrower(anatomy, kept), doubled(model, kept, gone)
+    heads = PruningPlan(plan.model_type, tuple(k for k in plan.kept if k.where != HIDDEN))
+    with masked(dense, anatomy, heads):
+        wanted = outputs(dense, batch)
+    got = outputs(prune(dense, [batch], PruningConfig(repair="none"), plan=plan).model, batch)
+    assert distance(got, wanted) <= 1e-4
+    with masked(model, anatomy, heads):
+        assert distance(outputs(model, batch), wanted) > 1e-2  # where nothing repeats, something is lost
+
+
+def test_costs_are_those_of_the_model_that_is_left(model):
+    anatomy = describe(model)
+    plan = narrower(anatomy, halved(anatomy)[0])
+    told = report(anatomy, planned_sizes(anatomy, plan), 12)
+    prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan)
+    left = describe(model)
+    assert told == report(left, left.sizes, 12)
+
+
+def test_a_narrower_model_reopens_in_its_stock_class(model, tmp_path):
+    batch, anatomy = tiny_batch(model), describe(model)
+    prune(model, [batch], PruningConfig(repair="none"), plan=narrower(anatomy, halved(anatomy)[0]))
+    assert model.config.hf_prune["shapes"] == "stock"
+    save_pretrained(model, tmp_path / "m", [batch])
+    again = type(model).from_pretrained(tmp_path / "m").eval()
+    assert distance(outputs(again, batch), outputs(model, batch)) <= 1e-6
+    assert describe(again).sizes == describe(model).sizes
+
+
+def test_all_channels_kept_change_nothing(model):
+    before, anatomy = snapshot(model), describe(model)
+    prune(model, [tiny_batch(model)], PruningConfig(), plan=narrower(anatomy, range(anatomy.extent(*HIDDEN).of)))
+    assert list(changed(before, model)) == []
+
+
+def test_a_plan_of_channels_is_read_back_composed_and_told(model):
+    anatomy = describe(model)
+    plan = narrower(anatomy, halved(anatomy)[0])
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    count, of = len(plan[HIDDEN].kept), plan[HIDDEN].of
+    assert plan.summary().splitlines()[0] == f"hidden: {count} of {of}"
+    then = PruningPlan(plan.model_type, (Kept(HIDDEN, "hidden", count, tuple(range(1, 9))),))
+    assert plan.compose(then)[HIDDEN].kept == plan[HIDDEN].kept[1:9]
+    assert next(iter(plan.diff(plan.compose(then))))[0] == HIDDEN
+
+
+def test_a_cut_that_is_stopped_leaves_all_as_it_was(model, monkeypatch):
+    anatomy, before = describe(model), snapshot(model)
+    monkeypatch.setattr("hf_prune.oneshot.write_", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=narrower(anatomy, halved(anatomy)[0]))
+    assert list(changed(before, model)) == []
+
+
+def test_parts_cover_every_tensor_that_follows_the_width(model):
+    """A part too few leaves a tensor at its dense size, which the stock class does not load."""
+    extent = describe(model).extent(*HIDDEN)
+    index = index_of(extent.parts[0], {"hidden": [0]}, {"hidden": extent.of}, {"hidden": 1})
+    assert index.tolist() == [0]
+    assert all(tensor_of(model, part.tensor).shape[part.dim] == extent.of for part in extent.parts)
+
+
+@pytest.mark.parametrize(("family", "count"), [("bert", 20), ("llama", 18), ("electra", 16)])
+def test_a_width_that_the_class_cannot_say_is_refused(family, count):
+    model = tiny_model(family, CLASS_OF[family])
+    before, anatomy = snapshot(model), describe(model)
+    kept = (Kept(HIDDEN, "hidden", anatomy.extent(*HIDDEN).of, tuple(range(count))), *map(keep, anatomy.sites))
+    with pytest.raises(ValueError, match="hidden channels"):
+        prune(model, [tiny_batch(model)], PruningConfig(), plan=PruningPlan(anatomy.model_type, kept))
+    assert list(changed(before, model)) == []
