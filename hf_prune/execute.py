@@ -21,6 +21,7 @@ from .model.weights import quiet
 from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where, must_be_plan
 from .repair.walk import StackRepair
+from .repair.width import Channels, Outside, first_states
 from .vocabulary.choice import token_configs
 from .vocabulary.renumbering import named_in_configs, renumber_
 
@@ -46,7 +47,8 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
         dense = {e.where: layerwise.capture(model, _layers(model, e), inputs) for e in stacks} if repaired else {}
-        _narrow_(model, anatomy, plan)
+        outside = _outside(model, anatomy, plan, repair, inputs) if repaired else None
+        _narrow_(model, anatomy, plan, outside)
         for extent in stacks:
             by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]
             changes = changes or _changes(plan, extent)
@@ -54,6 +56,8 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                 # a later stack also reads what the stacks before it, cut by now, give
                 first, layers = extent is stacks[0], _layers(model, extent)
                 pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs)
+                if outside is not None:
+                    pruned.states = first_states(model, f"{extent.path}.0", inputs)
                 reports += StackRepair(
                     plan,
                     extent.where[0],
@@ -64,26 +68,54 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                     pruned.spread([batch.held_out for batch in repair.batches]),
                     anatomy.family.norm_offset,
                     repair.gradients if pruned.loops == 1 else {},
+                    None if outside is None else outside.channels,
                 ).run_(layers, by_layer)
             else:
                 _cut_sites_(model, plan, by_layer)
             kept = plan.layers(extent.where[0], extent.of)
             if len(kept) < extent.of:
                 drop_layers_(model, extent, kept)
+        if outside is not None:
+            outside.finish_()
         _shorten_(model, anatomy, plan, repair.batches)
     return reports
 
 
-def _narrow_(model: nn.Module, anatomy: Anatomy, plan: PruningPlan) -> None:
-    """Cut the axes that run through the whole model."""
+def _outside(
+    model: nn.Module, anatomy: Anatomy, plan: PruningPlan, repair: Repair, inputs: Sequence[Mapping[str, Any]]
+) -> Outside | None:
+    """What lies around the layers of a stream that becomes narrower, as it is in the dense model."""
+    chosen = plan.get(HIDDEN)
+    if chosen is None or chosen.is_identity:
+        return None
+    stack = next(extent for extent in anatomy.extents if extent.path)
+    found = Outside(
+        model,
+        Channels(anatomy.extent(*HIDDEN), chosen.kept),
+        stack.path,
+        inputs,
+        [token_mask(model, batch, stack.where[0]) for batch in repair.batches],
+        [batch.held_out for batch in repair.batches],
+        repair.method == "least_squares",
+        anatomy.family.norm_offset,
+    )
+    found.watch()
+    return found
+
+
+def _narrow_(model: nn.Module, anatomy: Anatomy, plan: PruningPlan, outside: Outside | None) -> None:
+    """Cut the axes that run through the whole model; of a stream that is repaired what lies in front of its layers."""
     for extent in (extent for extent in anatomy.extents if extent.is_wide):
         chosen = plan.get(extent.where)
         if chosen is not None and not chosen.is_identity:
-            cut_wide_(model, extent, chosen.kept)
+            if outside is not None and extent.where == HIDDEN:
+                outside.start_()
+            else:
+                cut_wide_(model, extent, chosen.kept)
 
 
 def _changes(plan: PruningPlan, extent: Extent) -> bool:
-    return any(not kept.is_identity for kept in plan.kept if kept.where[:1] == extent.where)
+    return any(not kept.is_identity for kept in plan.kept if kept.where[:1] in (extent.where, HIDDEN))
 
 
 def _layers(model: nn.Module, extent: Extent) -> list[nn.Module]:

@@ -62,12 +62,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth"),
+    "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth", "width"),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",
     ),
-    "repair": ("solve", "walk"),
+    "repair": ("solve", "width", "walk"),
     "execute": (), "search": (),
     "oneshot": (),
     "train": (
@@ -393,4 +393,4 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(LayerCriterion)) == {*BY_DISTANCE, "sleb", "random"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
-    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens")
+    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens", "hidden")

@@ -13,7 +13,7 @@ from hf_prune.decide.costs import planned_sizes, report
 from hf_prune.model.cut import index_of
 from hf_prune.model.families import FAMILIES
 from hf_prune.model.mask import masked
-from hf_prune.model.sites import tensor_of
+from hf_prune.model.sites import consumer, input_axis, tensor_of
 from hf_prune.model.wide import HIDDEN
 from hf_prune.plan import Kept, PruningPlan
 
@@ -45,13 +45,17 @@ def halved(anatomy, seed=0):
 
 
 @torch.no_grad()
-def doubled(model, kept, gone):
-    """Make each channel that goes a copy of one that stays, which nothing reads: norms see the same statistics."""
+def doubled(model, kept, gone, read=False):
+    """Make each channel that goes a copy of one that stays, which nothing reads unless asked: norms see the same
+    statistics."""
     model = copy.deepcopy(model)
     copies = [kept[i % len(kept)] for i in range(len(gone))]
     for part in describe(model).extent(*HIDDEN).parts:
         values = tensor_of(model, part.tensor).movedim(part.dim, 0)
-        values[gone] = 0 if part.role == "reads" else values[copies].clone()
+        if part.role == "reads":
+            values[gone] *= read
+        else:
+            values[gone] = values[copies].clone()
     return model
 
 
@@ -72,6 +76,28 @@ def test_channels_that_repeat_others_change_nothing(family):
     assert distance(got, wanted) <= 1e-4
     with masked(model, anatomy, heads):
         assert distance(outputs(model, batch), wanted) > 1e-2  # where nothing repeats, something is lost
+
+
+def rows(model, count=16):
+    return [tiny_batch(model, batch=32, seed=seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("family", [f for f in NARROW if f != "electra"])
+def test_an_adapter_reads_the_dense_stream_in_the_narrow_one(family):
+    """Of channels that repeat others all can be recovered, whatever is read of them."""
+    model = untied(family)
+    kept, gone = halved(describe(model))
+    dense = doubled(model, kept, gone, read=True)
+    anatomy, data = describe(dense), rows(dense)
+    plan = narrower(anatomy, kept)
+    for site in anatomy.sites:
+        unread = [*range(len(plan[site.key].kept) * site.widths[site.inner.name], site.columns)]
+        weight = consumer(dense, site).weight.data
+        weight.index_fill_(input_axis(consumer(dense, site)), torch.tensor(unread, dtype=torch.long), 0)
+    wanted = outputs(dense, data[0])
+    plain = outputs(prune(copy.deepcopy(dense), data, PruningConfig(repair="none"), plan=plan).model, data[0])
+    got = outputs(prune(dense, data, PruningConfig(), plan=plan).model, data[0])
+    assert distance(got, wanted) <= 0.1 * distance(plain, wanted)
 
 
 def test_costs_are_those_of_the_model_that_is_left(model):
