@@ -8,15 +8,24 @@ import pytest
 import torch
 from tiny import ALL_CLASSES, changed, distance, keep, outputs, snapshot, tiny_batch, tiny_model
 
-from hf_prune import PruningConfig, describe, prune, save_pretrained
+from hf_prune import DistillationConfig, PruningConfig, describe, prune, save_pretrained
 from hf_prune.decide.costs import planned_sizes, report
+from hf_prune.model.batches import draw, forward_inputs
 from hf_prune.model.cut import index_of
 from hf_prune.model.families import FAMILIES
 from hf_prune.model.mask import masked
 from hf_prune.model.sites import consumer, input_axis, tensor_of
 from hf_prune.model.wide import HIDDEN
 from hf_prune.plan import Kept, PruningPlan
+from hf_prune.score.criteria import CRITERIA
+from hf_prune.score.losses import example_losses
+from hf_prune.score.width import gate_gradients, norms_of
+from hf_prune.train.teacher import Teacher
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*of the macs .model. remains, where keep"),  # tiny streams go in large steps
+    pytest.mark.filterwarnings("ignore:.*calibration tokens to refit"),
+]
 NARROW = [name for name, row in FAMILIES.items() if row.hidden]
 CLASS_OF = {family: ALL_CLASSES[family][0] for family in NARROW}
 
@@ -160,3 +169,100 @@ def test_a_width_that_the_class_cannot_say_is_refused(family, count):
     with pytest.raises(ValueError, match="hidden channels"):
         prune(model, [tiny_batch(model)], PruningConfig(), plan=PruningPlan(anatomy.model_type, kept))
     assert list(changed(before, model)) == []
+
+
+# --- decided by prune() ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [["hidden"], ["hidden", "neurons"]])
+def test_prune_reaches_a_budget_by_width(model, units, tmp_path):
+    data = rows(model, 2)
+    config = PruningConfig(keep=0.6, units=units, align=2 if model.config.model_type == "electra" else None)
+    result = prune(model, data, config)
+    assert result.report["keep"] <= 0.6
+    left = describe(model)
+    assert result.report["after"] == report(left, left.sizes, 128)
+    assert model.config.hf_prune["shapes"] == "stock"
+    save_pretrained(model, tmp_path / "m", data)
+    assert units != ["hidden"] or not result.plan[HIDDEN].is_identity
+    assert result.scores[HIDDEN].shape == (result.plan[HIDDEN].of,)
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_every_criterion_scores_channels(family, criterion):
+    model = tiny_model(family, CLASS_OF[family])
+    result = prune(model, rows(model, 1), PruningConfig(keep=0.7, units=["hidden"], criterion=criterion))
+    assert len(result.plan[HIDDEN].kept) < 32
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+def test_gradients_of_gates_are_finite_differences(family):
+    model = tiny_model(family, CLASS_OF[family]).double()
+    (batch,) = prepared(model)
+    extent, channel, step = describe(model).extent(*HIDDEN), 5, 1e-2
+    found = gate_gradients(model, extent, batch)[:, channel]
+
+    def losses(factor):
+        def scaled(module, args, output):
+            return output * torch.ones(extent.of).index_fill(0, torch.tensor([channel]), factor).to(output)
+
+        handles = [model.get_submodule(path).register_forward_hook(scaled) for path in norms_of(model, extent)]
+        with torch.no_grad():
+            loss = example_losses(model, model(**forward_inputs(model, batch)), batch)
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    wanted = (losses(1 + step) - losses(1 - step)) / (2 * step)
+    assert wanted.abs().max() > 1e-4
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+
+
+def prepared(model):
+    return draw(model, [tiny_batch(model)], 8, 0)
+
+
+def test_heads_of_a_stock_bert_go_with_its_channels():
+    model = tiny_model("bert", CLASS_OF["bert"])
+    result = prune(model, rows(model, 2), PruningConfig(keep=0.6, units=["hidden"]))
+    heads = {len(kept.kept) for kept in result.plan.sites if kept.where[2] == "attention"}
+    assert heads == {len(result.plan[HIDDEN].kept) // 8} == {model.config.num_attention_heads}
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"shapes": "per_layer"}, {"shapes": "uniform"}, {"metric": "latency"}])
+def test_a_stream_has_one_width_in_stock_shapes(changes):
+    with pytest.raises(ValueError, match="a stream has one width"):
+        PruningConfig(units=["hidden"], **changes)
+
+
+def test_a_family_without_a_width_says_which_have_one():
+    model = tiny_model("t5", ALL_CLASSES["t5"][0])
+    with pytest.raises(ValueError, match=r"cannot become narrower.*bert.*llama.*neurons"):
+        prune(model, rows(model, 1), PruningConfig(units=["hidden"]))
+
+
+def test_a_budget_out_of_reach_says_the_least():
+    model = tiny_model("llama", CLASS_OF["llama"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        prune(model, rows(model, 1), PruningConfig(keep=0.01, units=["hidden"]))
+    assert list(changed(before, model)) == []
+
+
+def test_a_narrow_student_learns_from_its_dense_teacher(tmp_path):
+    """Hidden states are compared at the channels that it kept."""
+    model = tiny_model("bert", CLASS_OF["bert"])
+    dense = copy.deepcopy(model)
+    prune(model, rows(model, 2), PruningConfig(keep=0.6, units=["hidden"]))
+    teacher = Teacher(model, dense, DistillationConfig())
+    (batch,) = prepared(model)
+    with teacher.watched(model) as ours:
+        loss, _ = teacher.loss(model, model(**forward_inputs(model, batch)), batch, ours)
+    assert loss.isfinite()
+    stranger = tiny_model("bert", CLASS_OF["bert"], hidden_size=16, num_attention_heads=2)
+    with pytest.raises(ValueError, match="no plan says which channels"):
+        Teacher(stranger, dense, DistillationConfig())

@@ -95,10 +95,12 @@ def warn_if_far_below(kept: float, config: PruningConfig) -> None:
     """
     if kept >= FAR_BELOW * config.keep or "tokens" in (config.units or ()):
         return
+    by_width = "hidden" in (config.units or ())
+    finer = "add neurons to the units" if by_width else "shapes='per_layer', a smaller align, or units=['neurons']"
     warnings.warn(
         f"{kept:.3g} of the {config.metric} ({config.scope}) remains, where keep={config.keep:.3g} was asked for: of "
         f"what units={config.units or 'None'} and shapes={config.shapes!r} allow, this loses the least score. Finer "
-        "steps: shapes='per_layer', a smaller align, or units=['neurons'].",
+        f"steps: {finer}.",
         stacklevel=3,
     )
 

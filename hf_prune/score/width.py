@@ -128,6 +128,6 @@ def _squares(model: nn.Module, extent: Extent, roles: Sequence[str]) -> torch.Te
     total = torch.zeros(extent.of)
     for part in extent.parts:
         weight = tensor_of(model, part.tensor).detach()
-        if part.role in roles and weight.dim() < 3:
-            total += weight.float().square().transpose(0, part.dim).flatten(1).sum(1).cpu()
+        if part.role in roles:
+            total += weight.float().square().movedim(part.dim, 0).reshape(extent.of, -1).sum(1).cpu()
     return total
