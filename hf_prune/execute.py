@@ -82,7 +82,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
 
 
 def _outside(
-    model: nn.Module, anatomy: Anatomy, plan: PruningPlan, repair: Repair, inputs: Sequence[Mapping[str, Any]]
+    model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair: Repair, inputs: Sequence[Mapping[str, Any]]
 ) -> Outside | None:
     """What lies around the layers of a stream that becomes narrower, as it is in the dense model."""
     chosen = plan.get(HIDDEN)
