@@ -41,7 +41,7 @@ Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
-UNIT_CHOICES = ("heads", "kv_groups", "neurons", "experts", "layers", "tokens")
+UNIT_CHOICES = ("heads", "kv_groups", "neurons", "experts", "layers", "tokens", "hidden")
 MOST_SEED = 2**32 - 1
 
 
@@ -176,10 +176,11 @@ class PruningConfig:
     units: list[str] | None = field(
         default=None,
         metadata=_help(
-            "What may be removed: any of heads, kv_groups, neurons, experts, layers, tokens (of the vocabulary). "
-            "Default: neurons (of experts too; where parameters or bytes count, whole experts), with kv_groups where "
-            "query heads share several KV heads, else with heads; without either where `shapes` is stock and the stock "
-            "class cannot say it."
+            "What may be removed: any of heads, kv_groups, neurons, experts, layers, tokens (of the vocabulary), "
+            "hidden (channels of the whole stream, with heads where a class makes them as wide together). Default: "
+            "neurons (of experts too; where parameters or bytes count, whole experts), with kv_groups where query "
+            "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
+            "cannot say it."
         ),
     )
     criterion: Criterion | None = field(
@@ -206,9 +207,9 @@ class PruningConfig:
     candidates: int = field(
         default=4,
         metadata=_help(
-            "Where layers or tokens are among the units, or `shapes` is per_layer: how many divisions of the budget "
-            "are cut, repaired and compared by their loss on held-out rows (of the guard, where given); 1 takes the "
-            "predicted one."
+            "Where layers, tokens or hidden channels are among the units, or `shapes` is per_layer: how many divisions "
+            "of the budget are cut, repaired and compared by their loss on held-out rows (of the guard, where given); "
+            "1 takes the predicted one."
         ),
     )
     shapes: Shapes = field(
@@ -273,6 +274,12 @@ class PruningConfig:
             embeddings = isinstance(self.units, list | tuple) and "tokens" in self.units
             self.scope = "blocks" if self.metric == "params" and not embeddings else "model"
         _check_(self, PRUNING_CHECKS)
+        if "hidden" in (self.units or ()) and (self.shapes != "stock" or self.metric == "latency"):
+            raise ValueError(
+                f"units={self.units} with shapes={self.shapes!r} and metric={self.metric!r}: a stream has one width, "
+                "which the stock class has a key for, and no table of latencies is measured of other widths. Use "
+                "shapes='stock' (with fewer heads where the class couples them) and metric='macs'."
+            )
         whole = {"latency": "whole forward passes are timed", "bytes": "a file holds the whole model"}
         if self.metric in whole and self.scope == "blocks":
             raise ValueError(f"scope='blocks' with metric={self.metric!r}: {whole[self.metric]}. Use scope='model'.")

@@ -202,14 +202,14 @@ def test_a_folded_matrix_reads_what_the_adapter_gives(has_offset, has_bias):
     generator = torch.Generator().manual_seed(0)
     weight, bias, adapter, offset, x = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((5, 4), (5, 1), (4, 4), (4, 1), (3, 4))
+        for shape in ((5, 4), (5, 1), (4, 3), (4, 1), (7, 3))
     )
     adapted = x @ adapter.T + (offset.T if has_offset else 0)
     expected = adapted @ weight.T + (bias.T if has_bias else 0)
     matrix = torch.cat([weight, bias], 1) if has_bias else weight
-    found = fold(matrix, torch.cat([adapter, offset], 1) if has_offset else adapter)
-    assert found.shape == matrix.shape
-    torch.testing.assert_close(x @ found[:, :4].T + (found[:, 4] if has_bias else 0), expected)
+    found = fold(matrix, torch.cat([adapter, offset], 1) if has_offset else adapter, has_offset)
+    assert found.shape == (5, 3 + has_bias)
+    torch.testing.assert_close(x @ found[:, :3].T + (found[:, 3] if has_bias else 0), expected)
 
 
 def test_refit_refuses_what_does_not_help():

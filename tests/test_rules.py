@@ -55,20 +55,20 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
         "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
-        "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "anatomy", "mask", "layerwise",
-        "batches",
+        "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
+        "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth"),
+    "score": ("losses", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth", "width"),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",
     ),
-    "repair": ("solve", "experts", "walk"),
+    "repair": ("solve", "experts", "width", "walk"),
     "execute": (), "search": (),
     "oneshot": (),
     "train": (
@@ -394,4 +394,4 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(LayerCriterion)) == {*BY_DISTANCE, "sleb", "random"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
-    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens")
+    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens", "hidden")

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..model.axes import Family
-from ..model.configs import configs_of, holders, nested, raw, set_
+from ..model.configs import configs_of, holders, nested, put_in_, raw, set_
 from ..model.cut import cut_
 from ..model.families import family_for, registered
 from ..model.sites import Site, find_sites
@@ -85,7 +85,7 @@ def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
         summary: more entries for the config's `hf_prune`.
     """
     sites = find_sites(model, family)
-    dense = _decided(model, family, dense_values(model.config, family))
+    dense = _decided(model, family, dense_values(model.config, family)) | _of_the_stream(sites)
     form, entry = _form(model.config, family, sites, dense)
     _write_sizes_(model, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
@@ -101,6 +101,17 @@ def _decided(model: Any, family: Family, dense: dict[str, Any]) -> dict[str, Any
     with torch.device("meta"):
         sites = find_sites(type(model)(copy.deepcopy(model.config)), family)
     return dense | {key: value for site in sites for key, value in site.values.items() if key in unknown}
+
+
+def _of_the_stream(sites: list[Site]) -> dict[str, int]:
+    """The heads that a class builds by itself where it makes them as wide together as the stream is, which may have
+    become narrower: fewer than when dense then need no loader."""
+    return {
+        axis.config: site.sizes[axis.name]
+        for site in sites
+        for axis in site.row.axes
+        if axis.stock == "none" and axis.mixes and site.columns == site.hidden
+    }
 
 
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -145,14 +156,15 @@ def _write_sizes_(model: Any, family: Family, sites: list[Site], dense: Mapping[
         values.update(site.values)
     for site in sites:
         for axis in site.row.axes:
-            if axis.width_config and site.sizes[axis.name] != dense[axis.config]:
+            unlike = site.columns != site.hidden and raw(model.config, axis.width_config or "") is None
+            if axis.width_config and (unlike or site.sizes[axis.name] != dense[axis.config]):
                 values[axis.width_config] = site.widths[axis.name]
     for config in configs_of(model):
         config.per_layer_config = None
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)
     for key, value in values.items():
         for config, name in holders(model, key):
-            setattr(config, name, value)
+            put_in_(config, name, value)
     _repeat_(model, family, values)
     if form == "per_layer" and tells_layers(model.config, family):
         layers: dict[int, dict[str, int]] = {}

@@ -48,15 +48,16 @@ def allocate(
         across: how scores of different sites are made comparable, see `criteria.Criterion`.
         gates: gate gradients of each example [B, U] per site: the removed units are then chosen together.
         measured: the costs of metric "latency".
-        wide: the layers and tokens that stay, decided before; by default all.
+        wide: the layers, tokens and hidden channels that stay, decided before; by default all.
 
     Raises:
         ValueError: `keep` is below what the units and shapes can reach; the message gives the reachable minimum.
     """
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
-    dense, here = costs.total(anatomy.sizes), within(anatomy, wide)
+    dense = _costs_of(anatomy, config, measured).total(anatomy.sizes)
+    here = within(anatomy, wide)
+    costs = _costs_of(_narrowed(anatomy, wide), config, measured)
     if config.keep == 1 and not wide:  # all stays, also what scores nothing
-        return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
+        return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, dense, loss=0.0)
     comparable = _comparable(scores, across, {s.key: costs.units[s.key].site(s.sizes) for s in anatomy.sites})
     groups, rankings, tables = _offers(here, comparable, config, align, costs, gates or {})
     chosen = knapsack(tables, config.keep * dense - costs.wide(here.sizes))
@@ -69,12 +70,20 @@ def allocate(
     }
     kept = [_kept(site, rankings[site.key], counts[site.key]) for site in here.sites]
     loss = sum(float(table.loss[option]) for table, option in zip(tables, chosen, strict=True))
-    return _plan(anatomy, [*wide, *kept], config, costs, loss)
+    return _plan(anatomy, [*wide, *kept], config, costs, dense, loss)
+
+
+def _costs_of(anatomy: Anatomy, config: PruningConfig, measured: CostModel | None) -> CostModel:
+    return cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
+
+
+def _narrowed(anatomy: Anatomy, wide: Sequence[Kept]) -> Anatomy:
+    return anatomy.narrowed({kept.where: {kept.axis: len(kept.kept)} for kept in wide})
 
 
 def within(anatomy: Anatomy, wide: Sequence[Kept]) -> Anatomy:
-    """The anatomy of what these layers and tokens leave; sites keep the numbers of their layers."""
-    left = {kept.where: kept for kept in wide}
+    """The anatomy of what these layers, tokens and channels leave; sites keep the numbers of their layers."""
+    left, anatomy = {kept.where: kept for kept in wide}, _narrowed(anatomy, wide)
     sites = tuple(s for s in anatomy.sites if (s.stack,) not in left or s.layer in left[s.stack,].kept)
     extents = (replace(e, of=len(left[e.where].kept)) if e.where in left else e for e in anatomy.extents)
     layers = {w: p for w, p in anatomy.layer_params.items() if w[:1] not in left or w[1] in left[w[:1]].kept}
@@ -88,10 +97,12 @@ def warn_if_far_below(kept: float, config: PruningConfig) -> None:
     """
     if kept >= FAR_BELOW * config.keep or "tokens" in (config.units or ()):
         return
+    by_width = "hidden" in (config.units or ())
+    finer = "add neurons to the units" if by_width else "shapes='per_layer', a smaller align, or units=['neurons']"
     warnings.warn(
         f"{kept:.3g} of the {config.metric} ({config.scope}) remains, where keep={config.keep:.3g} was asked for: of "
         f"what units={config.units or 'None'} and shapes={config.shapes!r} allow, this loses the least score. Finer "
-        "steps: shapes='per_layer', a smaller align, or units=['neurons'].",
+        f"steps: {finer}.",
         stacklevel=3,
     )
 
@@ -104,18 +115,18 @@ def reachable(
     wide: Sequence[Kept] = (),
 ) -> float:
     """The least fraction of the cost that can remain with these units and shapes, and these layers and tokens."""
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
+    costs = _costs_of(_narrowed(anatomy, wide), config, measured)
     units = choose_units(anatomy, config)
     here = within(anatomy, wide)
     flat = {site.key: np.ones(site.sizes[unit_of(site, units)]) for site in here.sites}
     _, _, tables = _offers(here, flat, config, align, costs)
     least = costs.wide(here.sizes) + sum(table.cost.min() for table in tables)
-    return float(least / costs.total(anatomy.sizes))
+    return float(least / _costs_of(anatomy, config, measured).total(anatomy.sizes))
 
 
 def _comparable(scores: Scores, across: str, sizes: Mapping[Where, float]) -> dict[Where, np.ndarray]:
     """Scores of all sites on one scale; `sizes` are what the whole sites cost."""
-    values = {key: score.double().numpy() for key, score in scores.items()}
+    values = {key: score.double().numpy() for key, score in scores.items() if key in sizes}
     if across == "sum":
         values = {key: value / max(value.sum(), 1e-30) for key, value in values.items()}
     elif across == "standard":
@@ -166,8 +177,11 @@ def _ranking(
         counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align, times=site.times)]
     else:
         counts = [(g, r) for g in outer or [groups] for r in inner]
+    of_each = site.sizes[site.inner.name] // len(scores)
+    if shapes == "stock" and site.inner.stock == "none" and site.inner.mixes:  # as the width of the stream says
+        said = [(g, each) for g in range(1, groups) if site.fits(site.counts(g, each * of_each), site.hidden)]
+        counts = said or counts
     if shapes == "stock" and site.inner.stock == "divisors":
-        of_each = site.sizes[site.inner.name] // len(scores)
         counts = [(g, r) for g, r in counts if site.hidden % (g * r * of_each) == 0] or [(groups, each)]
     return Ranking(unit, scores.reshape(groups, each), tuple(counts))
 
@@ -270,20 +284,22 @@ def everything(site: Site, config: PruningConfig) -> Kept:
     return Kept(site.key, axis, site.sizes[axis], tuple(range(site.sizes[axis])))
 
 
-def _plan(anatomy: Anatomy, kept: Sequence[Kept], config: PruningConfig, costs: CostModel, loss: float) -> PruningPlan:
+def _plan(
+    anatomy: Anatomy, kept: Sequence[Kept], config: PruningConfig, costs: CostModel, dense: float, loss: float
+) -> PruningPlan:
     plan = PruningPlan(anatomy.model_type, tuple(kept), config=config.to_dict())
-    sizes, dense = planned_sizes(anatomy, plan), anatomy.sizes
+    sizes = planned_sizes(anatomy, plan)
     cost = {
         "metric": config.metric,
         "scope": config.scope,
         "sequence_length": anatomy.tokens(config.sequence_length),
-        "keep": costs.total(sizes) / costs.total(dense),
+        "keep": costs.total(sizes) / dense,
         "predicted_loss": loss,
-        "before": cost_report(anatomy, dense, config.sequence_length),
+        "before": cost_report(anatomy, anatomy.sizes, config.sequence_length),
         "after": cost_report(anatomy, sizes, config.sequence_length),
     }
     if config.metric == "latency":
-        cost |= {"dense_ms": costs.total(dense), "predicted_ms": costs.total(sizes)}
+        cost |= {"dense_ms": dense, "predicted_ms": costs.total(sizes)}
     return replace(plan, cost=cost)
 
 

@@ -117,6 +117,7 @@ def cost_model(
 
 def report(anatomy: Anatomy, sizes: Sizes, sequence_length: int) -> dict[str, float]:
     """MACs and parameters in both scopes."""
+    anatomy = anatomy.narrowed(sizes)
     return {
         f"{metric}_{scope}": cost_model(anatomy, metric, sequence_length, scope).total(sizes)
         for metric in ("macs", "params")

@@ -19,7 +19,7 @@ NormPlace = Literal["", "after", "inside"]  # behind the residual sum (post-LN) 
 class Axis:
     """What one index means: one unit, removed whole."""
 
-    name: str  # the word for it in `PruningConfig.units` and in plans: heads, kv_groups, neurons, layers, tokens
+    name: str  # the word for it in `PruningConfig.units` and in plans: heads, neurons, layers, tokens, hidden
     config: str  # key that sizes it; with dots through sub-configs: text_config.intermediate_size
     stock: Stock = (
         "any"  # sizes that the stock config can say: any, only divisors of the hidden size, or none but dense
@@ -121,6 +121,7 @@ class Family:
     tokens: Axis | None = Axis(
         "tokens", "vocab_size"
     )  # of the embeddings, which transformers names (`get_input_embeddings`)
+    hidden: Axis | None = None  # channels of the stream that all layers read and add to; where they lie is found
     as_model_type: str = ""  # same weights, any head count: the explicit door where `stock` says divisors
     post_norm_unless: str = ""  # config key; the norms stand behind the sum where it is false
     norm_offset: float = 0.0  # norms compute x * (norm_offset + weight)

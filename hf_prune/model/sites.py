@@ -155,6 +155,13 @@ class Site:
         total = max(sum(part.along(axis, self.sizes) * entries[axis] for axis in part.axes), 1)
         return {axis: part.axes.count(axis) * entries[axis] / total for axis in entries}
 
+    def fits(self, counts: Counts, width: int) -> bool:
+        """Whether the stock class can say so many units beside a stream of this width."""
+        axis, units = self.inner, counts[self.inner.name]
+        if not axis.mixes or axis.stock == "any":
+            return True
+        return width % units == 0 if axis.stock == "divisors" else units * self.widths[axis.name] == width
+
     def elements(self, counts: Counts, matrices: bool = False) -> float:
         """Elements of all parameters with so many units: a product over their dimensions. `matrices`: of those of
         matrices that a token goes through."""
@@ -180,7 +187,14 @@ class Extent:
     axis: Axis
     of: int
     path: str = ""  # of the list of layers
-    parts: tuple[Part, ...] = ()  # of the tensors that the vocabulary runs along
+    parts: tuple[Part, ...] = ()  # of an axis that runs through the whole model, such as the vocabulary, by path in it
+    attributes: tuple[str, ...] = ()  # of modules, which repeat its number of units
+    never: tuple[int, ...] = ()  # numbers of units of which the class would build another model
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it runs through the whole model, and is no vocabulary, whose ids have to follow."""
+        return bool(self.parts) and self.where != ()
 
 
 def module_of(tensor: str) -> str:

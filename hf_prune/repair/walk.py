@@ -10,6 +10,7 @@ Shapes: B examples, T tokens, n real tokens, K input columns of a consumer, D hi
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..model import layerwise
-from ..model.cut import cut_, cut_arguments, kept_columns, put_
+from ..model.cut import cut_, cut_arguments, kept_columns
 from ..model.experts import Call, down_matrices, set_down_matrices_, slots
 from ..model.layerwise import OUTPUT, Stream
 from ..model.sites import Site, input_axis, readers
@@ -35,13 +36,13 @@ from .solve import (
     ChannelSums,
     Moments,
     Refit,
-    fold,
     refit,
     refit_channels,
     rescale,
     shift_bias,
     token_weights,
 )
+from .width import Channels, fold_, matrix_of, rescale_norm_, set_matrix_
 
 Sums = TypeVar("Sums")
 Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
@@ -65,6 +66,8 @@ class StackRepair:
     held_out: Sequence[torch.Tensor]
     norm_offset: float = 0.0
     gradients: Mapping[Where, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
+    channels: Channels | None = None  # of the stream that stay; the pruned stream is as narrow
+    _norms: dict[str, nn.Module] = field(default_factory=dict, init=False)  # of the layer at hand, as when dense
     _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
 
     def run_(self, layers: Sequence[nn.Module], sites: Sequence[Sequence[Site]]) -> list[dict[str, Any]]:
@@ -78,6 +81,7 @@ class StackRepair:
         for index, following in zip(progress, (*kept[1:], len(layers)), strict=True):
             layer, here = layers[index], sites[index]
             reads, targets = self._advance_dense(index, layer, here)
+            self._narrow_(layer, here)
             for gone in range(index + 1, following):
                 behind = self._advance_dense(gone, layers[gone], sites[gone])[1]
                 if targets and behind:
@@ -85,11 +89,11 @@ class StackRepair:
             self._advanced = False
             for position, site in enumerate(here):
                 read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
-                linear = self.method == "least_squares" and not site.routed
-                realigned = diverged and linear and self._realign_(index, layer, site, read)
-                bridges = site is here[-1] and wanted is not None and linear
+                realigned = not site.routed and self._adapt_(index, layer, site, read, diverged)
+                bridges = site is here[-1] and wanted is not None and not site.routed
+                bridges = bridges and self.method == "least_squares"
                 gap = following - index - 1 if bridges else 0
-                if gap or not self.plan[site.key].is_identity:
+                if gap or self.channels or not self.plan[site.key].is_identity:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
                     reports.append(report | {"realigned": realigned, "gap": gap})
                     diverged = True
@@ -120,9 +124,43 @@ class StackRepair:
             self.dense.states[batch] = seen[OUTPUT]
         return reads, targets if is_sum else {}
 
+    def _kept(self, dense: torch.Tensor) -> torch.Tensor:
+        """Of the dense stream what the pruned one should be."""
+        return dense if self.channels is None else self.channels.of(dense)
+
     def _advance_pruned(self, index: int, layer: nn.Module) -> None:
         for batch, state in enumerate(self.pruned.states):
             self.pruned.states[batch] = layerwise.run(layer, state, self.pruned.kwargs[index][batch])[OUTPUT]
+
+    def _narrow_(self, layer: nn.Module, sites: Sequence[Site]) -> None:
+        """Cut all of a layer that the stream runs along but the columns of its readers, which get adapters."""
+        if self.channels is not None:
+            self._norms = {_end(s): copy.deepcopy(layer.get_submodule(_end(s))) for s in sites if s.row.norm_place}
+            inside = self.channels.inside(sites[0].path)
+            inside.cut_(layer, lambda module: True, [path for site in sites for path in readers(site)])
+
+    def _adapt_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor], diverged: bool) -> bool:
+        """Set right what a sublayer reads, as far as a linear map can."""
+        solves = self.method == "least_squares"
+        if self.channels is None:
+            return diverged and solves and self._realign_(index, layer, site, dense)
+        modules: list[Any] = [layer.get_submodule(path) for path in readers(site)]
+        has_bias = all(module.bias is not None for module in modules)
+        sums = [self.channels.moments(has_bias, modules[0].weight.device) for _ in range(self._sets)]
+        self._collect(sums, index, layer, readers(site)[0], dense)
+        fold_(modules, self.channels.adapter(sums, solves), has_bias)
+        return solves
+
+    def _collect(
+        self, sums: Sequence[Moments], index: int, layer: nn.Module, path: str, dense: Sequence[torch.Tensor]
+    ) -> None:
+        """Add what a module reads in the pruned stream, and what it reads in the dense one."""
+        for batch, wanted in enumerate(dense):
+            arguments = self.pruned.kwargs[index][batch]
+            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=[path], stop_at=path)
+            for moments, examples in self._by_set(sums, batch):
+                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[path], wanted))
+                moments.add(x, y, torch.zeros_like(y))
 
     def _realign_(self, index: int, layer: nn.Module, site: Site, dense: Sequence[torch.Tensor]) -> bool:
         """Refit an identity in front of a sublayer, from what it reads now to what it reads in the dense stream, and
@@ -132,17 +170,11 @@ class StackRepair:
         width, device = modules[0].weight.shape[input_axis(modules[0])], modules[0].weight.device
         has_bias = all(module.bias is not None for module in modules)
         sums = [Moments(width, width, has_bias, device) for _ in range(self._sets)]
-        for batch, wanted in enumerate(dense):
-            arguments = self.pruned.kwargs[index][batch]
-            seen = layerwise.run(layer, self.pruned.states[batch], arguments, inputs_of=paths[:1], stop_at=paths[0])
-            for moments, examples in self._by_set(sums, batch):
-                x, y = (rows_of(value, self.masks[batch], examples) for value in (seen[paths[0]], wanted))
-                moments.add(x, y, torch.zeros_like(y))
+        self._collect(sums, index, layer, paths[0], dense)
         identity = torch.eye(width, width + has_bias, device=device)
         found = refit(identity, sums[0], sums[1:], (0.0,))
         if found.accepted:
-            for module in modules:
-                set_matrix_(module, fold(matrix_of(module), found.weight))
+            fold_(modules, found.weight, has_bias)
         return found.accepted
 
     def _of_one_input(self, index: int, layer: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -259,7 +291,7 @@ class StackRepair:
                 if targets is None or site.row.norm_place == "inside":
                     residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
                 else:
-                    wanted = targets[batch] - self._before(state, seen, done)
+                    wanted = self._kept(targets[batch]) - self._before(state, seen, done)
                     residual = rows_of(wanted, self.masks[batch], examples) - own
                 weight_of = rows_of(weights[batch], self.masks[batch], examples) if batch < len(weights) else None
                 moments.add(x[:, kept], own, residual, weight_of)
@@ -319,9 +351,10 @@ class StackRepair:
             seen = layerwise.run(layer, state, arguments, outputs_of=ends, stop_at=_end(site))
             output = seen[_end(site)].view_as(state)
             if site.row.norm_place == "inside":
-                wanted = targets[batch] - self._before(state, seen, done)
+                wanted = self._kept(targets[batch]) - self._before(state, seen, done)
             else:  # what it gives in the dense stream, which is behind the last sublayer, and behind a gap
-                wanted = self.dense.states[batch] if is_last else norm(targets[batch])
+                whole = self._norms.get(_end(site), norm)
+                wanted = self._kept(self.dense.states[batch] if is_last else whole(targets[batch]))
             for total, examples in self._by_set(sums, batch):
                 total.add(*(rows_of(value, self.masks[batch], examples) for value in (output, wanted)))
             if self._advanced:
@@ -329,10 +362,8 @@ class StackRepair:
         fitted = refit_channels(sums[0], sums[1:], has_shift)
         if fitted is None:
             return False
+        rescale_norm_(norm, fitted, self.norm_offset)
         scale, shift = fitted
-        put_(norm, "weight", scale * (norm.weight + self.norm_offset) - self.norm_offset)
-        if has_shift:
-            put_(norm, "bias", scale * norm.bias + shift)
         for batch, output in enumerate(self.pruned.states if self._advanced else ()):
             self.pruned.states[batch] = (output * scale + shift).to(output.dtype)
         return True
@@ -352,21 +383,6 @@ def _after(state: torch.Tensor, seen: Mapping[str, torch.Tensor], site: Site) ->
     """The stream behind a sublayer: what its norm gives (post-LN), or the sum."""
     output = seen[_end(site)].view_as(state)
     return output if site.row.norm_place == "after" else state + output
-
-
-def matrix_of(linear: Any) -> torch.Tensor:
-    """Weight [D, K] of a consumer in fp32, with the bias as last column where there is one."""
-    weight = linear.weight.detach().float()
-    weight = weight.T if input_axis(linear) == 0 else weight
-    return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
-
-
-def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
-    """Put back what `matrix_of` gave (of the kept columns), in the weight's own dtype."""
-    if linear.bias is not None:
-        put_(linear, "bias", matrix[:, -1])
-        matrix = matrix[:, :-1]
-    put_(linear, "weight", matrix.T if input_axis(linear) == 0 else matrix)
 
 
 def improvement(reports: Sequence[Mapping[str, Any]]) -> float:

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..axes import Axis, Count, Family, NormPlace, Part, Stack, Stock, Sublayer, made_by, read_by
-from .words import QKV_OUT, QKVO, attention, experts, ffn, fused_attention, grouped_heads, heads, layers, neurons
+from .words import (
+    QKV_OUT,
+    QKVO,
+    attention,
+    experts,
+    ffn,
+    fused_attention,
+    grouped_heads,
+    heads,
+    layers,
+    narrowing,
+    neurons,
+)  # fmt: skip
 
 GATED = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -218,12 +230,17 @@ QWEN_EXPERTS = ("num_experts", "moe_intermediate_size")
 INNER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 DECODERS = (
-    gpt2(),
-    opt_like("opt", "decoder.layers", "ffn_dim", post_norm_unless="do_layer_norm_before"),
+    narrowing(gpt2(), "n_embd"),
+    narrowing(
+        opt_like("opt", "decoder.layers", "ffn_dim", post_norm_unless="do_layer_norm_before"),
+        "hidden_size",
+        "word_embed_proj_dim",
+    ),
     opt_like("biogpt", "layers", "intermediate_size"),
     opt_like("xglm", "layers", "ffn_dim", "attention_heads", "self_attn.embed_dim"),
-    llama_like("llama", "divisors", as_model_type="mistral"),
-    *map(llama_like, ("mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo", "cohere", "cohere2")),
+    narrowing(llama_like("llama", "divisors", as_model_type="mistral")),
+    *(narrowing(llama_like(name)) for name in ("mistral", "qwen2", "qwen3", "granite", "smollm3")),
+    *map(llama_like, ("olmo", "cohere", "cohere2")),
     *map(llama_like, ("seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral", "ministral3", "cwm")),
     llama_like("gemma", offset=1.0),
     llama_like("helium", "none"),  # its output projection is as wide as the stream

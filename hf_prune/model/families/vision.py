@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..axes import Count, Family, Part, Parts, Stock, Sublayer
 from .encoders import bert_ffn, encoder
-from .words import QKV_OUT, attention, ffn, heads, neurons, tower
+from .words import QKV_OUT, attention, ffn, heads, narrowing, neurons, tower
 
 
 def vit_attention(stock: Stock = "any", count: str = "num_attention_heads", more: Parts = ()) -> Sublayer:
@@ -65,7 +65,8 @@ def two_towers(model_type: str, stock: Stock = "any") -> Family:
 
 
 VISION = (
-    *map(vit_like, ("vit", "deit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")),
+    *(narrowing(vit_like(name)) for name in ("vit", "deit")),
+    *map(vit_like, ("vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")),
     vit_like("beit", distances("relative_position_bias")),
     *map(old_vit, ("yolos", "data2vec-vision")),
     *map(dinov2, ("dinov2", "dinov2_with_registers")),

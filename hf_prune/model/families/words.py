@@ -23,6 +23,11 @@ def grouped_heads(config: str, kv_config: str, width: str, stock: Stock) -> tupl
     return Axis("kv_groups", kv_config, stock, width, "head_dim"), inner
 
 
+def narrowing(row: Family, config: str = "hidden_size", *also: str) -> Family:
+    """The row whose stream may be narrower. `also`: keys of other widths, where they are the same."""
+    return replace(row, hidden=Axis("hidden", config, aligned=True, also=also))
+
+
 def neurons(config: str, stock: Stock = "any") -> Axis:
     return Axis("neurons", config, stock, aligned=True)
 
