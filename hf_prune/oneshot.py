@@ -23,7 +23,7 @@ from .decide.costs import report as cost_report
 from .decide.latency.cache import latency_table
 from .decide.latency.table import LatencyTable
 from .decide.latency.watch import Watch
-from .decide.units import asked, choose_units, default_align, unit_of, widths
+from .decide.units import asked, choose_units, default_align, follow_the_stream, unit_of, widths
 from .execute import Repair, check_plan, execute_, touched
 from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
@@ -175,9 +175,9 @@ def analyze(
     if "layers" in units:
         check_droppable(model, anatomy)
     table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
-    alone = not {"layers", "tokens", "hidden"} & {*units}
+    alone = not {"layers", "tokens"} & {*units}
     if alone:
-        _check_reachable(anatomy, config, align, table)
+        _check_reachable(anatomy, config, units, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
     idle = idle_towers({extent.where[0] for extent in anatomy.extents if extent.path}, batches)
@@ -186,11 +186,11 @@ def analyze(
         anatomy = _without(anatomy, idle)
         units = choose_units(anatomy, config)
         if alone:
-            _check_reachable(anatomy, config, align, table)
+            _check_reachable(anatomy, config, units, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
-    if "hidden" in units or any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
+    if any(asked(axis, units) for s in anatomy.sites for axis in s.row.axes) or follow_the_stream(anatomy, units):
         found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
-    else:  # only layers or tokens may go
+    else:  # only layers, tokens or channels may go
         found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})
     if "hidden" in units:
         extent, rows = anatomy.extent(*HIDDEN), scored_rows(batches)
@@ -419,12 +419,18 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
         )
 
 
-def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table: LatencyTable | None) -> None:
-    if config.keep < 1 and reachable(anatomy, config, align, table) > config.keep:
+def _check_reachable(
+    anatomy: Anatomy, config: PruningConfig, units: Sequence[str], align: int, table: LatencyTable | None
+) -> None:
+    wide = []
+    if "hidden" in units:
+        extent, narrowest = anatomy.extent(*HIDDEN), widths(anatomy, units, config.align)[-1]
+        wide = [Kept(HIDDEN, extent.axis.name, extent.of, tuple(range(narrowest)))]
+    if config.keep < 1 and reachable(anatomy, config, align, table, wide) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
-        allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
+        allocate(anatomy, flat, config, align, measured=table, wide=wide)  # raises, and says what can be reached
 
 
 def _quantiles(scores: Mapping[Where, torch.Tensor]) -> list[dict[str, Any]]:
