@@ -189,7 +189,7 @@ def test_prune_reaches_a_budget_by_width(model, units, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("repair", ["least_squares", "none"])
+@pytest.mark.parametrize("repair", ["least_squares", "rescale", "none"])
 def test_channels_go_with_layers(family, repair, tmp_path):
     model = tiny_model(family, CLASS_OF[family], **{"n_layer" if family == "gpt2" else "num_hidden_layers": 4})
     data, anatomy = rows(model, 2), describe(model)
