@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import ALL_CLASSES, changed, distance, keep, outputs, snapshot, tiny_batch, tiny_model
+from training import trainer
 
 from hf_prune import DistillationConfig, PruningConfig, describe, prune, save_pretrained
 from hf_prune.decide.costs import planned_sizes, report
@@ -289,3 +290,19 @@ def test_a_narrow_student_learns_from_its_dense_teacher(tmp_path):
     stranger = tiny_model("bert", CLASS_OF["bert"], hidden_size=16, num_attention_heads=2)
     with pytest.raises(ValueError, match="no plan says which channels"):
         Teacher(stranger, dense, DistillationConfig())
+
+
+@pytest.mark.filterwarnings("ignore:.*of the macs .blocks. remains")
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_two_rounds_of_a_narrower_stream_with_a_teacher(class_name, tmp_path):
+    run = trainer(
+        tmp_path, class_name, pruning={"units": ["hidden", "neurons"], "shapes": "stock", "keep": 0.5, "rounds": 2},
+        distillation=DistillationConfig(),
+    )  # fmt: skip
+    run.train()
+    plan = run.model._hf_prune.plan
+    assert len(plan[HIDDEN].kept) == run.model.config.hidden_size < plan[HIDDEN].of == 32
+    run.save_model(tmp_path / "m")
+    again = type(run.model).from_pretrained(tmp_path / "m").eval()
+    batch = tiny_batch(run.model)
+    assert distance(outputs(again, batch), outputs(run.model.eval(), batch)) <= 1e-5
