@@ -47,7 +47,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
         dense = {e.where: layerwise.capture(model, _layers(model, e), inputs) for e in stacks} if repaired else {}
-        outside = _outside(model, anatomy, plan, repair, inputs) if repaired else None
+        outside = _outside(model, anatomy, plan, repair, inputs) if inputs else None
         _narrow_(model, anatomy, plan, outside)
         for extent in stacks:
             by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]

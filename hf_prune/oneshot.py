@@ -23,7 +23,7 @@ from .decide.costs import report as cost_report
 from .decide.latency.cache import latency_table
 from .decide.latency.table import LatencyTable
 from .decide.latency.watch import Watch
-from .decide.units import asked, choose_units, default_align, unit_of, widths
+from .decide.units import asked, choose_units, default_align, follow_the_stream, unit_of, widths
 from .execute import Repair, check_plan, execute_, touched
 from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
@@ -175,9 +175,9 @@ def analyze(
     if "layers" in units:
         check_droppable(model, anatomy)
     table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
-    alone = not {"layers", "tokens", "hidden"} & {*units}
+    alone = not {"layers", "tokens"} & {*units}
     if alone:
-        _check_reachable(anatomy, config, align, table)
+        _check_reachable(anatomy, config, units, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
     may_go = _free(anatomy, units) | ({*HIDDEN} & {*units})
     config = replace(config, criterion=criterion_for(model, batches, config.criterion, may_go))  # type: ignore[arg-type]
@@ -187,11 +187,13 @@ def analyze(
         anatomy = _without(anatomy, idle)
         units = choose_units(anatomy, config)
         if alone:
-            _check_reachable(anatomy, config, align, table)
+            _check_reachable(anatomy, config, units, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
-    free = _free(anatomy, units)
-    any_of = free or "hidden" in units  # else only layers or tokens may go
-    scored = [site for site in anatomy.sites if any_of and (not criterion.of or axes[site.key] in free)]
+    free, follow = (
+        _free(anatomy, units),
+        follow_the_stream(anatomy, units),
+    )  # else only layers, tokens or channels may go
+    scored = [site for site in anatomy.sites if (free or follow) and (not criterion.of or axes[site.key] in free)]
     found = scores_of(model, scored, axes, batches, criterion, config.calibration_seed, ranks) if scored else Scores()
     alike = {site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites if site not in scored}
     found.scores.update(alike)
@@ -427,12 +429,18 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
         )
 
 
-def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table: LatencyTable | None) -> None:
-    if config.keep < 1 and reachable(anatomy, config, align, table) > config.keep:
+def _check_reachable(
+    anatomy: Anatomy, config: PruningConfig, units: Sequence[str], align: int, table: LatencyTable | None
+) -> None:
+    wide = []
+    if "hidden" in units:
+        extent, narrowest = anatomy.extent(*HIDDEN), widths(anatomy, units, config.align)[-1]
+        wide = [Kept(HIDDEN, extent.axis.name, extent.of, tuple(range(narrowest)))]
+    if config.keep < 1 and reachable(anatomy, config, align, table, wide) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
-        allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
+        allocate(anatomy, flat, config, align, measured=table, wide=wide)  # raises, and says what can be reached
 
 
 def _quantiles(scores: Mapping[Where, torch.Tensor]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .decide.prices import next_to_try
+from .decide.units import follow_the_stream
 from .execute import Repair, execute_, touched
 from .model.anatomy import Anatomy
 from .model.configs import all_configs
@@ -142,7 +143,7 @@ class Search:
 
     def _is_alone(self, division: Division) -> bool:
         """Whether the budget is reached without units of sites, but for heads that follow the stream."""
-        following = {s.key for s in self.anatomy.sites if self.channels and s.inner.mixes and s.inner.stock == "none"}
+        following = follow_the_stream(self.anatomy, ["hidden"] if self.channels else [])
         return all(kept.is_identity or kept.where in following for kept in division.plan.sites)
 
     def _missed(self, gone: int) -> float:

@@ -394,4 +394,4 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(LayerCriterion)) == {*BY_DISTANCE, "sleb", "random"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
-    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens", "hidden")
+    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "experts", "layers", "tokens", "hidden")

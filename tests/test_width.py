@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import ALL_CLASSES, changed, distance, keep, outputs, snapshot, tiny_batch, tiny_model
+from training import trainer
 
 from hf_prune import DistillationConfig, PruningConfig, describe, prune, save_pretrained
 from hf_prune.decide.costs import planned_sizes, report
@@ -188,6 +189,29 @@ def test_prune_reaches_a_budget_by_width(model, units, tmp_path):
     assert result.scores[HIDDEN].shape == (result.plan[HIDDEN].of,)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("repair", ["least_squares", "rescale", "none"])
+def test_channels_go_with_layers(family, repair, tmp_path):
+    model = tiny_model(family, CLASS_OF[family], **{"n_layer" if family == "gpt2" else "num_hidden_layers": 4})
+    data, anatomy = rows(model, 2), describe(model)
+    whole, stack = narrower(anatomy, halved(anatomy)[0]), anatomy.extents[0]
+    left = [kept for kept in whole.kept if len(kept.where) < 3 or kept.where[1] in (1, 3)]
+    plan = PruningPlan(whole.model_type, (*left, Kept(stack.where, "layers", 4, (1, 3))))
+    told = report(anatomy, planned_sizes(anatomy, plan), 12)
+    prune(model, data, PruningConfig(repair=repair), plan=plan)
+    after = describe(model)
+    assert told == report(after, after.sizes, 12)
+    save_pretrained(model, tmp_path / "m", data)
+
+
+def test_layers_channels_and_neurons_share_a_budget():
+    model = tiny_model("llama", CLASS_OF["llama"], num_hidden_layers=4)
+    units = ["hidden", "layers", "neurons"]
+    result = prune(model, rows(model, 2), PruningConfig(keep=0.5, units=units, metric="params", candidates=3))
+    assert result.report["keep"] <= 0.5
+    assert len(result.report["divisions"]) == 3
+
+
 @pytest.mark.parametrize("criterion", sorted(name for name, row in CRITERIA.items() if not row.of))
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_every_criterion_scores_channels(family, criterion):
@@ -248,7 +272,7 @@ def test_a_family_without_a_width_says_which_have_one():
 def test_a_budget_out_of_reach_says_the_least():
     model = tiny_model("llama", CLASS_OF["llama"])
     before = snapshot(model)
-    with pytest.raises(ValueError, match="cannot be reached"):
+    with pytest.raises(ValueError, match=r"cannot be reached.*of 32 hidden"):
         prune(model, rows(model, 1), PruningConfig(keep=0.01, units=["hidden"]))
     assert list(changed(before, model)) == []
 
@@ -266,3 +290,19 @@ def test_a_narrow_student_learns_from_its_dense_teacher(tmp_path):
     stranger = tiny_model("bert", CLASS_OF["bert"], hidden_size=16, num_attention_heads=2)
     with pytest.raises(ValueError, match="no plan says which channels"):
         Teacher(stranger, dense, DistillationConfig())
+
+
+@pytest.mark.filterwarnings("ignore:.*of the macs .blocks. remains")
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_two_rounds_of_a_narrower_stream_with_a_teacher(class_name, tmp_path):
+    run = trainer(
+        tmp_path, class_name, pruning={"units": ["hidden", "neurons"], "shapes": "stock", "keep": 0.5, "rounds": 2},
+        distillation=DistillationConfig(),
+    )  # fmt: skip
+    run.train()
+    plan = run.model._hf_prune.plan
+    assert len(plan[HIDDEN].kept) == run.model.config.hidden_size < plan[HIDDEN].of == 32
+    run.save_model(tmp_path / "m")
+    again = type(run.model).from_pretrained(tmp_path / "m").eval()
+    batch = tiny_batch(run.model)
+    assert distance(outputs(again, batch), outputs(run.model.eval(), batch)) <= 1e-5

@@ -312,8 +312,10 @@ def _unreachable(
     wide: Sequence[Kept],
 ) -> str:
     def least(shapes: Shapes) -> str:
-        units = config.units if shapes == config.shapes else None
-        return f"{reachable(anatomy, replace(config, shapes=shapes, units=units), align, measured, wide):.3f}"
+        same = shapes == config.shapes
+        others = replace(config, shapes=shapes, units=config.units if same else None)
+        stays = [kept for kept in wide if same or kept.axis != "hidden"]
+        return f"{reachable(anatomy, others, align, measured, stays):.3f}"
 
     other = [shapes for shapes in SHAPES if shapes != config.shapes and shapes in anatomy.family.shapes]
     others = ", ".join(f"shapes={shapes!r} {least(shapes)}" for shapes in other)

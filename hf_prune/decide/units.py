@@ -8,7 +8,7 @@ from ..config import PruningConfig
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis
 from ..model.families import FAMILIES
-from ..model.sites import Counts, Site
+from ..model.sites import Counts, Site, Where
 from ..model.wide import HIDDEN
 
 WIDTHS = 12  # of a stream to choose from, where they need not be so round
@@ -96,6 +96,11 @@ def widths(anatomy: Anatomy, units: Sequence[str], align: int | None) -> list[in
     while align is None and step > 1 and sum(w % step == 0 for w in said) < WIDTHS:
         step //= 2
     return [extent.of, *(w for w in reversed(said) if w % step == 0)]
+
+
+def follow_the_stream(anatomy: Anatomy, units: Sequence[str]) -> set[Where]:
+    """The sites whose heads a stock class makes as wide together as the stream, where that may become narrower."""
+    return {s.key for s in anatomy.sites if "hidden" in units and s.inner.mixes and s.inner.stock == "none"}
 
 
 def _beside(anatomy: Anatomy, units: Sequence[str], width: int) -> bool:

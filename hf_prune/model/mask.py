@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
     """What reads a removed unit reads zeros, and a removed layer hands its input on. All is as before afterwards.
 
-    Tokens that go are not masked: compare the logits at those that stay.
+    Tokens that go are not masked: compare the logits at those that stay. Nor are hidden channels: without them norms
+    see other statistics.
     """
     plan.check(anatomy.model_type, anatomy.words)
     with contextlib.ExitStack() as stack:

@@ -136,16 +136,17 @@ class Outside:
     norm_offset: float = 0.0
     dense: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     in_front: set[str] = field(default_factory=set)  # those that run before the first layer
+    readers: set[str] = field(default_factory=set)  # those that an adapter is folded into
 
     def is_outside(self, module: str) -> bool:
         return not module.startswith(f"{self.layers}.")
 
     def watch(self) -> None:
         """See what they give and read while the model is whole."""
-        first, readers = f"{self.layers}.0", self._adapted()
+        first, self.readers = f"{self.layers}.0", self._adapted()
         norms = list(filter(self.is_outside, self._norms()))
         for inputs in self.inputs:
-            seen = observed(self.model, partial(self.model, **inputs), [*readers, first], norms)
+            seen = observed(self.model, partial(self.model, **inputs), [*self.readers, first], norms)
             seen.pop(OUTPUT)
             order = [*seen]
             self.in_front = {*order[: order.index(first)]}
@@ -157,14 +158,14 @@ class Outside:
         return [module_of(p.tensor) for p in parts if tensor_of(self.model, p.tensor).dim() == 1]
 
     def _adapted(self) -> set[str]:
-        """The readers that an adapter is folded into: not a head that shares its weights with the embeddings."""
+        """The readers that have a matrix to themselves: not a head that shares it with the embeddings."""
         shared = {id(tensor_of(self.model, p.tensor)) for p in self.channels.extent.parts if p.role == "carries"}
         outside = filter(self.is_outside, self.channels.readers())
         return {path for path in outside if id(tensor_of(self.model, f"{path}.weight")) not in shared}
 
     def start_(self) -> None:
         """Slice all but the columns of the readers, and refit what runs before the first layer."""
-        self.channels.cut_(self.model, self.is_outside, self._adapted())
+        self.channels.cut_(self.model, self.is_outside, self.readers)
         self._repair_(in_front=True)
 
     def finish_(self) -> None:
@@ -174,13 +175,12 @@ class Outside:
 
     def _repair_(self, in_front: bool) -> None:
         """Refit those on one side of the layers, one after the other."""
-        readers = {path for path in self._adapted() if path in self.dense}
         for path in [path for path in self.dense if (path in self.in_front) == in_front]:
-            if path in readers:
+            if path in self.readers:
                 self._adapt_(path)
             elif self.solves:
                 self._refit_norm_(path)
-        for path in () if in_front else self._adapted() - readers:  # that no row reaches
+        for path in () if in_front else self.readers - {*self.dense}:  # that no row reaches
             fold_([self.model.get_submodule(path)], self.channels.adapter(self._sums(path), False), self._bias(path))
 
     def _bias(self, path: str) -> bool:

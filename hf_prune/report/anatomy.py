@@ -12,6 +12,7 @@ from ..decide.costs import CostModel, cost_model
 from ..decide.units import choose_units, default_align
 from ..model.anatomy import Anatomy
 from ..model.sites import Site
+from ..model.wide import HIDDEN
 from .table import Row, count
 
 STOCK_HEADS = {
@@ -93,6 +94,8 @@ def stock_note(anatomy: Anatomy) -> str:
     text += ", experts and their width" if any(site.routed for site in anatomy.sites) else ""
     if family.as_model_type:
         text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
+    if any(extent.where == HIDDEN for extent in anatomy.extents):
+        text += ". A narrower stream, too (--units hidden)"
     if any(site.inner.tied for site in anatomy.sites):
         text += ". All self-attention layers of a stack keep the same heads"
     if len(family.stacks) > 1:

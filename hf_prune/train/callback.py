@@ -57,8 +57,8 @@ class PruningCallback(TrainerCallback):
             )
         check_units(
             pruning,
-            ("layers", "tokens"),
-            "PruningCallback masks heads and neurons. Use PruningTrainer for layers, prune() for tokens",
+            ("layers", "tokens", "hidden"),
+            "PruningCallback masks heads and neurons. Use PruningTrainer for layers and hidden, prune() for tokens",
         )
         if pruning.metric == "latency":
             raise ValueError("metric='latency': PruningCallback counts 'macs' or 'params'; use PruningTrainer.")
