@@ -24,7 +24,9 @@ from .tokens import token_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNITS = ("neurons", "heads", "experts", "width of experts", "layers", "tokens")  # KV groups go with their heads
+EXPECTED = ("neurons", "heads", "layers", "tokens")  # of any model
+BY_HAND = ("channels", "hidden")  # shapes do not say where norms and sums stand
+UNITS = ("neurons", "heads", "experts", "width of experts", *BY_HAND, "layers", "tokens")  # KV groups go with heads
 
 
 def unit_word(axis: Axis) -> str:
@@ -113,7 +115,8 @@ class Derivation:
 
     def reason(self, unit: str) -> str:
         """Why units are not proven."""
-        return "; ".join(dict.fromkeys(self.refused.get(unit, ()))) or "no key of its config sizes them alone"
+        none = "rows by hand alone say them" if unit in BY_HAND else "no key of its config sizes them alone"
+        return "; ".join(dict.fromkeys(self.refused.get(unit, ()))) or none
 
 
 def derivation(model: Any) -> Derivation:
@@ -140,7 +143,8 @@ def derivation(model: Any) -> Derivation:
     ]
     tokens = _tokens(subject, reading, result)
     kept = tuple(stack for stack in whole if stack.sublayers or stack.axis.config)
-    refused = tuple((unit, result.reason(unit)) for unit in UNITS if unit not in result.proven)
+    told = (unit for unit in UNITS if unit in result.refused or unit in EXPECTED)
+    refused = tuple((unit, result.reason(unit)) for unit in told if unit not in result.proven)
     result.family = Family(model.config.model_type, kept, tokens=tokens, shapes=("stock",), refused=refused)
     return result
 

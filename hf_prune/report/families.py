@@ -115,6 +115,7 @@ def _short(error: Exception) -> str:
 def _stock(hand: Family | None, found: Derivation) -> list[str]:
     """Units that a stock config can have fewer of: by the row, and by what is proven."""
     said = {unit_word(axis) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
+    said |= {"hidden"} if hand and hand.hidden else set()
     return [unit for unit in UNITS if unit in said or found.proven.get(unit)]
 
 
