@@ -12,6 +12,7 @@ line each (mean over calibration draws), and a table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -30,14 +32,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, default_data_collator
 from transformers.optimization import get_cosine_schedule_with_warmup
 
-from hf_prune import PruningConfig, PruningPlan, describe, prune
+from hf_prune import PruningConfig, PruningPlan, describe, execute, prune
 from hf_prune.model.batches import draw
+from hf_prune.model.cut import cut_
 from hf_prune.model.experts import Call, contributions
 from hf_prune.oneshot import analyze
+from hf_prune.repair import walk
 
 HOME = Path(".cache/experts")
 SOURCES = (austen, brown, film_reviews, news, docstrings)
-LENGTH, BATCH, STEPS, EACH = 128, 32, 500, 1_000_000  # tokens of a row, rows of a step, steps, letters of a source
+LENGTH, BATCH, STEPS, EACH = 128, 32, 1500, 1_000_000  # tokens of a row, rows of a step, steps, letters of a source
 VOCABULARY, WORST = 4096, 1e30
 ROWS = 256  # that calibrate
 WAYS: dict[str, dict[str, Any]] = {
@@ -133,24 +137,29 @@ def read(model: Any, rows: list[list[int]]) -> dict[str, float]:
 # --- experts merged into those that stay ------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def merged(model: Any, plan: PruningPlan, data: Dataset) -> Any:
-    """A copy in which every expert that the plan drops is averaged into the kept one whose outputs are most like its
-    own, weighed by how many tokens see them, its neurons in the order of that one's (after REAM and M-SMoE)."""
-    model = copy.deepcopy(model)
-    batches = draw(model, data, ROWS, 0, None, default_data_collator)
+@contextlib.contextmanager
+def merging(model: Any, data: Dataset) -> Iterator[None]:
+    """Before a layer of experts is cut, every expert that goes is averaged into the kept one whose outputs are most
+    like its own, weighed by how many tokens see them, its neurons in the order of that one's (after REAM and M-SMoE).
+    """
+    calls: dict[str, list[Call]] = {}
     for site in (site for site in describe(model).sites if site.routed):
-        layer, calls = model.get_submodule(site.path), []
-        handle = layer.get_submodule(site.consumer).register_forward_pre_hook(
-            lambda _, a, c=calls: c.append(Call.of(a))
-        )
-        for batch in batches:
+        module, seen = model.get_submodule(f"{site.path}.{site.consumer}"), calls.setdefault(site.name, [])
+        module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(Call.of(given)))
+    with torch.no_grad():
+        for batch in draw(model, data, ROWS, 0, None, default_data_collator):
             model(**batch.inputs)
-        handle.remove()
-        merge_(layer.get_submodule(site.consumer), calls, plan[site.key].kept)
-    return model
+
+    def merged_and_cut(layer: Any, site: Any, axis: str, kept: Sequence[int]) -> None:
+        if site.routed:
+            merge_(layer.get_submodule(site.consumer), calls[site.name], kept)
+        cut_(layer, site, axis, kept)
+
+    with mock.patch.object(walk, "cut_", merged_and_cut), mock.patch.object(execute, "cut_", merged_and_cut):
+        yield
 
 
+@torch.no_grad()
 def merge_(module: Any, calls: Sequence[Call], kept: Sequence[int]) -> None:
     experts = len(module.down_proj)
     seen = torch.bincount(torch.cat([call.index.flatten() for call in calls]), minlength=experts).float()
@@ -212,10 +221,11 @@ def cuts(model: Any, data: Dataset, seed: int) -> Iterator[tuple[str, str, Any]]
         for repair in ("none", "least_squares"):
             yield way, repair, cut(model, data, config, plan, repair)
             if way == "REAP":
-                yield "merged into REAP's", repair, cut(merged(model, plan, data), data, config, plan, repair, model)
+                with merging(copy.deepcopy(model), data):
+                    yield "merged into REAP's", repair, cut(model, data, config, plan, repair)
 
 
-def cut(model: Any, data: Dataset, config: PruningConfig, plan: PruningPlan, repair: str, towards: Any = None) -> Any:
+def cut(model: Any, data: Dataset, config: PruningConfig, plan: PruningPlan, repair: str) -> Any:
     small = copy.deepcopy(model)
     options = config.to_dict() | {"repair": repair}
     prune(small, data, PruningConfig.from_dict(options), plan=plan, data_collator=default_data_collator)

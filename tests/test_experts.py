@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import distance, keep, outputs, tiny_batch, tiny_model
+from transformers import TrainingArguments, default_data_collator
 
-from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretrained
+from hf_prune import PruningConfig, PruningPlan, PruningTrainer, describe, prune, save_pretrained
 from hf_prune.decide.allocate import allocate
 from hf_prune.model.batches import draw
 from hf_prune.model.experts import Call, contributions, down_matrices, gated, set_down_matrices_, slots
@@ -313,3 +315,24 @@ def test_a_refit_that_helps_no_held_out_row_is_refused():
     found = refit_experts(true.clone(), whole)
     assert found.accepted == 0
     assert torch.equal(found.matrices, true)
+
+
+def test_a_mixture_is_trained_back_with_its_loss_over_experts(tmp_path):
+    """Two rounds, each of which takes experts away; the loss that balances them knows how many are left."""
+    model = tiny_model("mixtral", num_local_experts=8, output_router_logits=True)
+    batch = tiny_batch(model, batch=64, padded=False)
+    data = Dataset.from_dict({name: value.tolist() for name, value in batch.items()})
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=4, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    pruning = PruningConfig(keep=0.55, metric="params", units=["experts"], rounds=2)
+    trainer = PruningTrainer(
+        model=model, args=args, train_dataset=data, data_collator=default_data_collator, pruning=pruning
+    )
+    trainer.train()
+    left = {site.sizes["experts"] for site in experts_in(trainer.model)}
+    assert left == {trainer.model.config.num_local_experts} == {trainer.model.num_experts}
+    assert max(left) < 8
+    trainer.save_model(str(tmp_path / "small"))
+    again = type(model).from_pretrained(tmp_path / "small").eval()
+    assert distance(outputs(again, batch), outputs(trainer.model.eval(), batch)) <= 1e-5

@@ -107,7 +107,8 @@ def grid_of(site: Site, align: int) -> Grid:
     axes, most = [site.outer.name, site.inner.name], site.sizes[site.outer.name]
     if not site.active:
         return Grid(axes, [1], [1])
-    each = evenly(range(1, site.share + 1), 3)
+    inner = site.inner.step
+    each = evenly([*range(inner, site.share, inner), site.share], 3)
     step = align if site.outer.aligned else 1
     counts = [count for count in (*range(step, most, step), most) if count >= site.routed]
     return Grid(axes, evenly(counts, POINTS // len(each)), each)
