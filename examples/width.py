@@ -17,20 +17,22 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "benchmark"))
 
 from depth import latencies
-from recovery import trained
+from recovery import arguments
 from smollm2 import perplexity, smollm2
-from tasks import ENCODER, classifier
+from tasks import ENCODER, Task, classifier
 from texts import austen, brown, calibration, descriptions, docstrings, evaluation, film_reviews, news
-from transformers import default_data_collator
+from transformers import default_data_collator, set_seed
 
-from hf_prune import PruningConfig, analyze
+from hf_prune import DistillationConfig, PruningConfig, PruningTrainer, analyze, prune
 
 CACHE = Path(".cache")
 STREAMS = {"channels": ["hidden"], "channels and neurons": ["hidden", "neurons"], "neurons": ["neurons"]}
@@ -41,7 +43,9 @@ def show(**row: Any) -> dict[str, Any]:
     return row
 
 
-def encoder(seed: int, keep: float, training: bool) -> list[dict[str, Any]]:
+def encoder(
+    seed: int, streams: Mapping[str, list[str]], keep: float, calibration_rows: int, training: bool
+) -> list[dict[str, Any]]:
     """MiniLM, fine-tuned with a seed: accuracy on the validation rows, which choose nothing."""
     task = classifier("encoder", ENCODER, CACHE, seed)
     dense = task.size(task.model)["macs_model"]
@@ -53,18 +57,32 @@ def encoder(seed: int, keep: float, training: bool) -> list[dict[str, Any]]:
         return show(seed=seed, model=name, accuracy=round(found, 4), macs=round(macs, 4), sizes=sizes, **more)
 
     rows = [row("dense", task.model)]
-    for name, units in STREAMS.items():
+    for name, units in streams.items():
         model, started = copy.deepcopy(task.model), time.perf_counter()
-        analysis = analyze(task.model, task.rows, task.config(keep=keep, units=units), processing_class=task.tokenizer)
-        analysis.cut_(model)
+        config = task.config(keep=keep, units=units, calibration_samples=calibration_rows)
+        prune(model, task.rows, config, processing_class=task.tokenizer)
         rows.append(row(name, model, seconds=round(time.perf_counter() - started)))
         if training:
-            model = trained("stock", units=units)(task).cut(copy.deepcopy(task.model), keep)
+            train_(task, model)
             rows.append(row(f"{name}, one epoch", model))
     return rows
 
 
-def decoder(keep: float, tokens: int, windows: int) -> None:
+def train_(task: Task, model: Any) -> None:
+    """One epoch with the dense model as teacher, whose hidden states are compared at the channels that are left."""
+    set_seed(task.seed)
+    with tempfile.TemporaryDirectory() as out:
+        PruningTrainer(
+            model=model,
+            args=arguments(task, out),
+            train_dataset=task.rows,
+            processing_class=task.tokenizer,
+            distillation=DistillationConfig(),
+            teacher=copy.deepcopy(task.model),
+        ).train()
+
+
+def decoder(streams: Mapping[str, list[str]], keep: float, tokens: int, windows: int) -> None:
     """SmolLM2, where the division of a budget is chosen on text of a source that nothing is fitted to."""
     dense, tokenizer = smollm2(CACHE / "smollm2")
     texts = {"brown": evaluation(tokenizer, brown(), windows), "austen": evaluation(tokenizer, austen(), windows)}
@@ -77,7 +95,7 @@ def decoder(keep: float, tokens: int, windows: int) -> None:
         show(model=name, **found, hidden=model.config.hidden_size, ffn=model.config.intermediate_size, **more)
 
     row("dense", dense)
-    for name, units in STREAMS.items():
+    for name, units in streams.items():
         config = PruningConfig(keep=keep, metric="params", units=units, sequence_length=128)
         started = time.perf_counter()
         analysis = analyze(dense, calibrated_on, config, data_collator=default_data_collator, guard=other)
@@ -94,20 +112,20 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--keep", type=float, default=None, help="default: 0.5 of the encoder, 0.8 of the decoder")
     parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--rows", type=int, default=1024, help="to calibrate the encoder with")
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate the decoder with")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens a text, to evaluate the decoder on")
     parser.add_argument("--units", default=",".join(STREAMS), help="of these rows")
     options = parser.parse_args()
-    for name in {*STREAMS} - {*options.units.split(",")}:
-        del STREAMS[name]
+    streams = {name: STREAMS[name] for name in options.units.split(",")}
     rows: list[dict[str, Any]] = []
     if options.part != "decoder":
         for seed in map(int, options.seeds.split(",")):
-            rows += encoder(seed, options.keep or 0.5, not options.no_training)
+            rows += encoder(seed, streams, options.keep or 0.5, options.rows, not options.no_training)
     for name in dict.fromkeys(row["model"] for row in rows):
         show(model=name, mean=round(statistics.mean(row["accuracy"] for row in rows if row["model"] == name), 4))
     if options.part != "encoder":
-        decoder(options.keep or 0.8, options.tokens, options.windows)
+        decoder(streams, options.keep or 0.8, options.tokens, options.windows)
 
 
 if __name__ == "__main__":
