@@ -41,7 +41,7 @@ from hf_prune.repair import walk
 
 HOME = Path(".cache/experts")
 SOURCES = (austen, brown, film_reviews, news, docstrings)
-LENGTH, BATCH, STEPS, EACH = 128, 32, 1500, 1_000_000  # tokens of a row, rows of a step, steps, letters of a source
+LENGTH, BATCH, STEPS, EACH = 128, 32, 500, 1_000_000  # tokens of a row, rows of a step, steps, letters of a source
 VOCABULARY, WORST = 4096, 1e30
 ROWS = 256  # that calibrate
 WAYS: dict[str, dict[str, Any]] = {
