@@ -383,6 +383,8 @@ def test_the_table_is_as_large_as_it_says():
     assert counts["tokens"]["stock"] >= 200
     assert counts["heads"]["stock"] >= 115
     assert counts["heads"]["per layer only"] >= 40
+    assert counts["experts"]["stock"] >= 36
+    assert counts["width of experts"]["stock"] >= 34
     assert all(row["why"] for row in KNOWN.values() if "why" in row)
 
 
