@@ -61,7 +61,7 @@ class Division:
     def row(self) -> dict[str, Any]:
         """For the report."""
         return {
-            "kept": {" ".join(map(str, (*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
+            "kept": {" ".join(dict.fromkeys((*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
             "alike": self.is_alike,
             "keep": self.plan.cost.get("keep"),
             "predicted_losses": self.predicted,

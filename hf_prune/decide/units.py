@@ -11,7 +11,7 @@ from ..model.families import FAMILIES
 from ..model.sites import Counts, Site, Where
 from ..model.wide import HIDDEN
 
-WIDTHS = 12  # of a stream to choose from, where they need not be so round
+WIDTHS = 16  # of a stream to choose from, where they need not be so round
 
 
 def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
