@@ -256,11 +256,12 @@ class StackRepair:
             calls.append(slots(module, Call.of(seen[site.consumer], mask)))
             examples = self.held_out[batch].repeat_interleave(state.shape[:-1].numel() // len(state))
             sets.append(examples if mask is None else examples[mask.to(examples.device)])
-            counts += [rows_of(weights[batch], mask)] if batch < len(weights) else []
+            alike = state.new_ones(state.shape[:-1].numel(), 1)  # rows that are only guarded by
+            counts.append(rows_of(weights[batch] if batch < len(weights) else alike, mask))
         inputs, chosen = (torch.cat(each) for each in zip(*calls, strict=True))
         own, residual = (torch.cat(each) for each in zip(*wanted, strict=True))
         fitted = torch.cat(sets).to(own.device)
-        return Routed(inputs, chosen, own, residual, fitted, torch.cat(counts) if len(counts) == len(sets) else None)
+        return Routed(inputs, chosen, own, residual, fitted, torch.cat(counts) if weights else None)
 
     def _before(self, state: torch.Tensor, seen: Mapping[str, torch.Tensor], done: Sequence[Site]) -> torch.Tensor:
         """The pruned stream in front of a sublayer, from what the finished sublayers gave."""
