@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "data": ("opening", "texts", "evaluation"),
-    "export": ("kernels", "onnx", "gguf"),
+    "export": ("kernels", "shared", "onnx", "gguf", "decilm"),
     "report": (
         "table", "quote", "plots", "render", "families", "check", "anatomy", "estimate", "resident", "measure", "int8",
         "engines", "evidence", "card",

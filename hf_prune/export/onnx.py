@@ -1,8 +1,8 @@
 """A model as an ONNX graph for ONNX Runtime, in any shapes, in its own precision or with INT8 weights.
 
 transformers' own exporter does the work: one graph for a classifier or an encoder; for a model that generates, one for
-the prompt and one for each token after it, with the cache. Only a graph whose outputs ONNX Runtime reproduces gets the
-final name.
+the prompt and one for each token after it, with the cache, and before them the encoder where there is one. They read
+one copy of the weights. Only graphs whose outputs ONNX Runtime reproduces get the final name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def to_onnx(
     processing_class: Any = None,
     overwrite: bool = False,
 ) -> float:
-    """Write `model.onnx` (for a language model one graph for the prompt, one for each token after it) and compare it.
+    """Write `model.onnx`, or the graphs of a model that generates (encoder, prefill, decode), and compare them.
 
     Args:
         batches: inputs to compare on; default: rows kept by prune(), else random tokens.
@@ -52,24 +52,18 @@ def to_onnx(
         The largest difference between ONNX Runtime's and torch's output, relative to the largest output.
 
     Raises:
-        ValueError: an encoder-decoder. FileExistsError: the directory is not empty. ImportError: a package is missing.
-        RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
+        FileExistsError: the directory is not empty. ImportError: a package is missing. RuntimeError: ONNX Runtime gives
+            other outputs; nothing is left under the final name.
     """
     target = refuse_full(directory, overwrite)
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"ONNX: an encoder-decoder ({model.config.model_type}) is not exported; encoders and decoders are."
-        )
     exporter, config = _exporter(int8)
     inputs = graph_inputs(model, proof_inputs(model, batches))
     with quiet(model), torch.no_grad(), _silent():
-        if model.can_generate():
-            exported = exporter.export_for_generation(model, inputs, config)
-        else:
-            with _eager_attention(model):
-                exported = exporter.export(model, inputs, config)
+        exported = _exported(model, exporter, config, inputs)
         with beside(target) as temporary:
             exported.save_pretrained(temporary)
+            if len(exported.components) > 1:
+                _share(temporary)
             if processing_class is not None:
                 processing_class.save_pretrained(temporary)
             difference = _difference(model, temporary, inputs)
@@ -81,13 +75,46 @@ def to_onnx(
     return difference
 
 
+def _exported(model: Any, exporter: Any, config: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """The graphs of a model by their names, as transformers holds and saves them."""
+    if not model.can_generate():
+        with _eager_attention(model):
+            return exporter.export(model, inputs, config)
+    if not model.config.is_encoder_decoder:
+        return exporter.export_for_generation(model, inputs, config)
+    encoder, prompt = model.get_encoder(), {name: inputs[name] for name in inputs if not name.startswith("decoder_")}
+    with _eager_attention(encoder):
+        first = exporter.export(encoder, prompt, config).components["model"]
+    inputs = {**prompt, "decoder_input_ids": inputs["decoder_input_ids"][:, :3]}  # of one token, one is all they take
+    exported = exporter.export_for_generation(model, inputs, config)
+    exported.components = {"encoder": first, **exported.components}
+    return exported
+
+
+def _share(directory: Path) -> None:
+    from .shared import share_weights
+
+    share_weights(directory)
+
+
 def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs without labels, and with the token_type_ids that the tokenizer gives where the model reads them."""
     labels = find_labels(type(model))
     given = {name: tensor for name, tensor in inputs.items() if name not in labels}
     if getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" not in given:
         given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in given:
+        given["decoder_input_ids"] = _decoder_input_ids(model, inputs)
     return given
+
+
+def _decoder_input_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the decoder reads for the labels, as in training; without labels its first token, three times."""
+    if "labels" in inputs:
+        return model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+    first = inputs[model.main_input_name]
+    start = model.generation_config.decoder_start_token_id or model.config.decoder_start_token_id or 0
+    return torch.full((len(first), 3), start, dtype=torch.long, device=first.device)
 
 
 @contextlib.contextmanager
@@ -143,15 +170,42 @@ def _difference(model: Any, directory: Path, inputs: Mapping[str, Any]) -> float
     exported: Any = ExportedModel.from_pretrained(directory)
     if not model.can_generate():
         return _apart(model(**inputs).to_tuple()[0], exported(**inputs).to_tuple()[0])
+    find = _after_encoder if model.config.is_encoder_decoder else _after_prompt
+    return max(_apart(ours, theirs) for ours, theirs in find(model, exported.runners, inputs))
+
+
+def _after_prompt(model: Any, runners: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """torch's logits and ONNX Runtime's, for a prompt and then for one more token."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     prompt = {"input_ids": ids, "attention_mask": mask}
-    ours, theirs = model(**prompt, use_cache=True), _step(exported.runners["prefill"], prompt, {})
-    worst = _apart(ours.logits, theirs.logits)
+    ours, theirs = model(**prompt, use_cache=True), _step(runners["prefill"], prompt, {})
+    yield ours.logits, theirs.logits
     token = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], -1)}
     name = cache_argument(model)
     after, cached = model(**token, **{name: getattr(ours, name)}), {name: getattr(theirs, name)}
-    return max(worst, _apart(after.logits, _step(exported.runners["decode"], token, cached).logits))
+    yield after.logits, _step(runners["decode"], token, cached).logits
+
+
+def _after_encoder(model: Any, runners: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same for an encoder-decoder, and before it what the encoder gives."""
+    read = {name: inputs[name] for name in inputs if not name.startswith("decoder_")}
+    ids, name = inputs["decoder_input_ids"], cache_argument(model)
+    given = {**{key: read[key] for key in ("attention_mask",) if key in read}, "decoder_input_ids": ids}
+    ours, encoded = model(**read, decoder_input_ids=ids, use_cache=True), _known(runners["encoder"], read)
+    yield ours.encoder_last_hidden_state, encoded.last_hidden_state
+    theirs = _known(runners["prefill"], {**given, "encoder_outputs": encoded})
+    yield ours.logits, theirs.logits
+    given["decoder_input_ids"] = ids[:, -1:]
+    hidden = (ours.encoder_last_hidden_state,)
+    after = model(**given, encoder_outputs=hidden, **{name: getattr(ours, name)})
+    again = _known(runners["decode"], {**given, "encoder_outputs": encoded, name: getattr(theirs, name)})
+    yield after.logits, again.logits
+
+
+def _known(runner: Any, inputs: Mapping[str, Any]) -> Any:
+    """Run one graph on those of the inputs that it takes."""
+    return runner(**{name: value for name, value in inputs.items() if name in runner.metadata.kwargs})
 
 
 def _step(runner: Any, inputs: Mapping[str, torch.Tensor], cached: Mapping[str, Any]) -> Any:
