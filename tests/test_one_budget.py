@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path += [str(EXAMPLES / "benchmark"), str(EXAMPLES)]
 
 import depth  # noqa: E402
+import experts  # noqa: E402
 import one_budget  # noqa: E402
 import small_encoder  # noqa: E402
 import width  # noqa: E402
@@ -124,3 +125,19 @@ def test_layers_and_neurons(language_model, monkeypatch, capsys, tmp_path):
     assert next(row["layers"] for row in cut if row["units"] == "layers") < 4
     assert all(row["kept"] <= 0.7 and row["forward_cpu"] > 0 and row["decode_cpu"] > 0 for row in cut)
     assert (tmp_path / "depth.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*see fewer than 32 calibration tokens")
+def test_half_of_the_experts(monkeypatch, capsys, tmp_path):
+    """A mixture trained for two steps on sentences, cut in every way, plainly and refitted."""
+    small = {"HOME": tmp_path / "mixture", "SOURCES": (lambda: iter(sentences(400, seed=1)),)}
+    small |= {"STEPS": 2, "BATCH": 4, "LENGTH": 16, "VOCABULARY": 300, "ROWS": 32}
+    for name, value in small.items():
+        monkeypatch.setattr(experts, name, value)
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--seeds", "0"])
+    experts.main()
+    dense, *cut = (row for row in shown(capsys) if "way" in row)
+    assert dense["way"] == "dense"
+    assert {row["way"] for row in cut} == {*experts.WAYS, "merged into REAP's"}
+    assert len(cut) == 2 * (len(experts.WAYS) + 1)
+    assert all(1 < row["perplexity"] < 400 for row in cut)

@@ -19,6 +19,7 @@ from .table import Row
 NOT_RUN = "not run in our tests"
 PLAIN = "plain transformers"
 CAUSAL = (*ARCHITECTURES, "phi3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "glm4_moe")
 GGUF = "`hf-prune export --to gguf`"
 
 
@@ -40,8 +41,8 @@ ENGINES: Sequence[Engine] = (
     Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
     Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, "ForCausalLM", BY_LAYER),
-    Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta")),
-    Engine("SGLang", (*CAUSAL, "gpt2", "bert")),
+    Engine("vLLM", (*CAUSAL, *MIXTURES, "gpt2", "opt", "bert", "roberta")),
+    Engine("SGLang", (*CAUSAL, *MIXTURES, "gpt2", "bert")),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
 )
 
