@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ..files import read_json
 
-PAGE, LARGE = 4096, 2**20  # where a weight begins in its file, so that it can be mapped into memory, and from which size
+PAGE, LARGE = 4096, 2**20  # where a weight begins in its file, to be mapped into memory, and from which size
 TURNED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # types of which a transpose is looked for
 Stored = dict[tuple[str, str, str], ir.ExternalTensor]  # by type, shape and sha256 of what it holds
 
