@@ -293,6 +293,12 @@ def test_export(bert, llama, labelled, tmp_path, capsys):
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_export_for_vllm(llama, tmp_path, capsys):
+    assert main(["export", llama, "--to", "decilm", "--out", str(tmp_path / "deci")]) == 0
+    assert "for vLLM with --trust-remote-code; not run by them here" in " ".join(capsys.readouterr().out.split())
+    assert {"config.json", "configuration_decilm.py"} <= {path.name for path in (tmp_path / "deci").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -23,8 +23,8 @@ def saved(tmp_path, family, class_name, shapes, keep=0.8):
 def test_a_stock_llama_opens_in_every_engine_of_language_models(tmp_path):
     found = saved(tmp_path, "llama", "LlamaForCausalLM", "stock")
     assert found["transformers"] == "yes"
-    for engine in ("vLLM", "SGLang"):
-        assert found[engine] == f"yes ({NOT_RUN})"
+    assert found["vLLM"] == "yes"
+    assert found["SGLang"] == f"yes ({NOT_RUN})"
     assert "hf-prune export --to gguf" in found["llama.cpp"]
     assert found["TEI"] == "no: it has no llama"
 
@@ -34,6 +34,17 @@ def test_a_bert_with_fewer_heads_goes_through_onnx(tmp_path):
     assert "import hf_prune" in found["transformers"]
     assert "export --to onnx" in found["ONNX Runtime"]
     assert found["TEI"].startswith("no: its own code builds every layer alike; export to ONNX")
+
+
+def test_a_llama_whose_layers_differ_goes_through_decilm(tmp_path):
+    found = saved(tmp_path, "llama", "LlamaForCausalLM", "per_layer", keep=0.6)
+    for engine in ("vLLM", "SGLang"):
+        assert found[engine].startswith("by `hf-prune export --to decilm`, with the same query heads in every layer")
+    assert NOT_RUN not in found["vLLM"]
+    assert found["SGLang"].endswith(f"FFN widths in multiples of 256 ({NOT_RUN})")
+
+    vllm = next(engine for engine in ENGINES if engine.name == "vLLM")
+    assert verdict(vllm, "llama", False, "LlamaForSequenceClassification").startswith("no: its own code builds")
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -47,6 +58,8 @@ def test_what_is_not_run_says_so():
     for engine in ENGINES:
         known = engine.stock[0] if engine.stock else "bert"
         assert verdict(engine, known, True).endswith(f"({NOT_RUN})") == (not engine.is_run)
+        for other in {*engine.stock} - {*engine.run_types} if engine.run_types else ():
+            assert verdict(engine, other, True).endswith(f"({NOT_RUN})")
 
 
 def test_vllm_finds_the_loader():

@@ -120,6 +120,86 @@ def test_decoders_with_their_cache(tmp_path, family, class_name):
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "class_name"),
+    [("t5", "T5ForConditionalGeneration"), ("bart", "BartForConditionalGeneration")],
+)
+def test_encoder_decoders_with_their_cache(tmp_path, family, class_name):
+    from transformers.exporters import ExportedModel
+
+    model = small(family, class_name, "per_layer").eval()
+    assert to_onnx(model, tmp_path / "onnx") <= 1e-3
+    run, cache = ExportedModel.from_pretrained(tmp_path / "onnx").runners, cache_argument(model)
+    ids = torch.arange(8, 15)[None]
+    read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    start = model.config.decoder_start_token_id
+    plain = {"do_sample": False, "eos_token_id": None, "forced_bos_token_id": None, "forced_eos_token_id": None}
+    expected = model.generate(**read, max_new_tokens=6, **plain)[0, 1:].tolist()
+    encoded = run["encoder"](**read)
+    given = {"attention_mask": read["attention_mask"], "encoder_outputs": encoded}
+    output = run["prefill"](**given, decoder_input_ids=torch.tensor([[start]]))
+    found = []
+    for _ in range(6):
+        found.append(int(output.logits[0, -1].argmax()))
+        output = run["decode"](**given, decoder_input_ids=torch.tensor([found[-1:]]), **{cache: getattr(output, cache)})
+    assert found == expected
+
+
+def test_an_encoder_of_an_encoder_decoder_is_one_graph(tmp_path):
+    assert to_onnx(small("t5", "T5EncoderModel", "uniform"), tmp_path / "onnx") <= 1e-3
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+
+
+def test_labels_tell_what_the_decoder_reads(tmp_path):
+    model = tiny_model("t5", "T5ForConditionalGeneration")
+    given = onnx_export.graph_inputs(
+        model, {"input_ids": torch.ones(2, 4), "labels": torch.tensor([[5, 6], [7, -100]])}
+    )
+    start = model.config.decoder_start_token_id
+    assert given["decoder_input_ids"][:, 0].tolist() == [start, start]
+    assert given["decoder_input_ids"][:, 1].tolist() == [5, 7]
+    without = onnx_export.graph_inputs(model, {"input_ids": torch.ones(2, 4)})
+    assert without["decoder_input_ids"].tolist() == [[start] * 3] * 2
+
+
+def weights_of(path):
+    held = onnx.load(path, load_external_data=False).graph.initializer
+    return {
+        weight.name: {entry.key: entry.value for entry in weight.external_data}
+        for weight in held
+        if weight.external_data
+    }
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_graphs_read_one_copy_of_the_weights(tmp_path, int8):
+    model = small("llama", "LlamaForCausalLM", "per_layer")
+    to_onnx(model, tmp_path / "onnx", int8=int8)
+    assert (tmp_path / "onnx" / "decode.onnx.data").stat().st_size == 0
+    stored = (tmp_path / "onnx" / "prefill.onnx.data").stat().st_size
+    if not int8:
+        assert stored <= 4 * sum(p.numel() for p in model.parameters()) + 64 * 50
+    for name in ("prefill", "decode"):
+        found = weights_of(tmp_path / "onnx" / f"{name}.onnx").values()
+        assert {place["location"] for place in found} == {"prefill.onnx.data"}
+
+
+def test_a_tied_head_is_the_embedding_turned(tmp_path):
+    model = tiny_model("llama", "LlamaForCausalLM", tie_word_embeddings=True)
+    to_onnx(model, tmp_path / "onnx")
+    for name in ("prefill", "decode"):
+        graph = onnx.load(tmp_path / "onnx" / f"{name}.onnx", load_external_data=False).graph
+        turned = [node.input[0] for node in graph.node if node.op_type == "Transpose"]
+        assert any(name.endswith("_transposed") for name in turned)
+
+
+def test_a_graph_that_differs_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match=r"differ from torch's .* Nothing was saved"):
+        to_onnx(tiny_model("t5", "T5ForConditionalGeneration"), tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_directory_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("here")
     with pytest.raises(FileExistsError, match="exists and is not empty"):

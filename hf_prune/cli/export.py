@@ -14,7 +14,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", required=True, choices=FORMATS, help="The format.")
     command.add_argument("--int8", action="store_true", help="onnx: INT8 weights, activations quantised as they come.")
     command.add_argument("--type", choices=("f16", "f32"), default="f16", help="gguf: of the matrices. Default: f16.")
-    command.add_argument("--out", type=path, required=True, help="onnx: a directory; gguf: a file.")
+    command.add_argument("--out", type=path, required=True, help="onnx, decilm: a directory; gguf: a file.")
     command.add_argument("--overwrite", action="store_true", help="Replace what is there.")
 
 
@@ -50,4 +50,15 @@ def _gguf(model: Any, processor: Any, options: argparse.Namespace) -> str:
     return f"{path}: {path.stat().st_size / 1e6:.1f} MB; not run by llama.cpp here."
 
 
-FORMATS = {"onnx": _onnx, "gguf": _gguf}
+def _decilm(model: Any, processor: Any, options: argparse.Namespace) -> str:
+    from ..export.decilm import to_decilm
+    from ..report.measure import directory_bytes
+
+    engines = to_decilm(model, options.out, processor, overwrite=options.overwrite)
+    return (
+        f"{options.out}: {directory_bytes(options.out) / 1e6:.1f} MB, for {' and '.join(engines)} with "
+        "--trust-remote-code; not run by them here."
+    )
+
+
+FORMATS = {"onnx": _onnx, "gguf": _gguf, "decilm": _decilm}

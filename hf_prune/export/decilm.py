@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral")
 MODEL_TYPE, CLASS = "nemotron-nas", "DeciLMForCausalLM"
+OURS = (KEY, "per_layer_config", "allow_global_per_layer_attribute_access")  # of the config before
 CODE_FILE = "configuration_decilm.py"
 STEP = 256  # FFN widths that `ffn_mult` can say are multiples of it; vLLM alone reads the width itself
 CODE = '''"""Written by hf_prune: the config of a Llama whose layers differ, as the engines that know DeciLM read it."""
@@ -69,34 +70,51 @@ def to_decilm(
             the directory is not empty.
     """
     target = refuse_full(directory, overwrite)
-    blocks = block_configs(model)
+    said = config_of(model)
     with beside(target) as temporary:
         model.save_pretrained(temporary)
-        _rewrite(temporary, blocks)
+        _rewrite(temporary, said)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-    exact = all("ffn_mult" in block["ffn"] for block in blocks) and not getattr(model.config, "mlp_bias", False)
+    exact = all("ffn_mult" in block["ffn"] for block in said["block_configs"]) and not getattr(
+        model.config, "mlp_bias", False
+    )
     return ("vLLM", "SGLang") if exact else ("vLLM",)
 
 
-def block_configs(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """What config.json says of each layer.
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json says of a DeciLM and not of a Llama, or otherwise.
 
     Raises:
         ValueError: DeciLM cannot say it.
     """
     _check(model)
-    sites = sorted(describe(model).sites, key=lambda site: site.layer)
-    attention = [site.sizes for site in sites if site.kind == "attention"]
+    config, sites = model.config, sorted(describe(model).sites, key=lambda site: site.layer)
+    attention = [site for site in sites if site.kind == "attention"]
     widths = [site.columns for site in sites if site.kind == "ffn"]
-    counts = sorted({sizes["heads"] for sizes in attention})
+    groups = [site.sizes["kv_groups"] for site in attention]
+    heads = _one_number([site.sizes["heads"] for site in attention])
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [CLASS],
+        "auto_map": {"AutoConfig": f"{Path(CODE_FILE).stem}.DeciLMConfig"},
+        "block_configs": [_block(heads // count, width, config) for count, width in zip(groups, widths, strict=True)],
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(groups),
+        "intermediate_size": max(widths),
+        "head_dim": attention[0].widths["heads"],
+        "rope_theta": config.rope_parameters["rope_theta"],  # where SGLang looks for it
+    }
+
+
+def _one_number(heads: Sequence[int]) -> int:
+    counts = sorted({*heads})
     if len(counts) > 1:
         raise ValueError(
             f"DeciLM has one number of query heads for all layers, and these have {', '.join(map(str, counts))}. Prune "
             "neurons alone by layer (units=['neurons']), or export to GGUF or ONNX."
         )
-    pairs = zip(attention, widths, strict=True)
-    return [_block(sizes["heads"] // sizes["kv_groups"], width, model.config) for sizes, width in pairs]
+    return counts[0]
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -131,21 +149,9 @@ def multiplier(width: int, hidden: int) -> float:
     return round(3 * (width - STEP // 2) / (2 * hidden), 6)  # from the middle of a step no rounding leads out of it
 
 
-def _rewrite(directory: Path, blocks: Sequence[dict[str, Any]]) -> None:
+def _rewrite(directory: Path, said: Mapping[str, Any]) -> None:
     """config.json of the pruned Llama -> that of a DeciLM, and the file that reads it."""
     path = directory / "config.json"
-    config = read_json(path)
-    for key in (KEY, "per_layer_config", "allow_global_per_layer_attribute_access", "pretraining_tp"):
-        config.pop(key, None)
-    heads = config["num_attention_heads"]
-    config |= {
-        "model_type": MODEL_TYPE,
-        "architectures": [CLASS],
-        "auto_map": {"AutoConfig": f"{Path(CODE_FILE).stem}.DeciLMConfig"},
-        "block_configs": list(blocks),
-        "intermediate_size": max(block["ffn"]["intermediate_size"] for block in blocks),
-        "num_key_value_heads": max(heads // block["attention"]["n_heads_in_group"] for block in blocks),
-        "rope_theta": config["rope_parameters"]["rope_theta"],  # where SGLang looks for it
-    }
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = {key: value for key, value in read_json(path).items() if key not in OURS}
+    path.write_text(json.dumps({**config, **said}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / CODE_FILE).write_text(CODE, encoding="utf-8")

@@ -12,6 +12,7 @@ from ..checkpoint.convert import auto_classes
 from ..checkpoint.layout import KEY, checked
 from ..checkpoint.proof import checkpoint
 from ..data.opening import TASKS, WITHOUT_PIPELINE
+from ..export.decilm import FAMILIES, STEP
 from ..export.gguf import ARCHITECTURES
 from ..files import read_json
 from .table import Row
@@ -20,7 +21,10 @@ NOT_RUN = "not run in our tests"
 PLAIN = "plain transformers"
 CAUSAL = (*ARCHITECTURES, "phi3")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "glm4_moe")
+HEAD = "ForCausalLM"
 GGUF = "`hf-prune export --to gguf`"
+DECILM = "by `hf-prune export --to decilm`, with the same query heads in every layer"
+STEPS = f"FFN widths in multiples of {STEP}"
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,19 @@ class Engine:
     is_run: bool = False  # in our tests
     head: str = ""  # in the name of the classes that it takes
     other_types: tuple[str, ...] = ()  # model types for which `others` holds; () is all
+    other_head: str = ""  # in the name of the classes for which `others` holds
+    run_types: tuple[str, ...] = ()  # model types that our tests run; () is all, where they run any
 
 
 BY_LAYER = tuple(name for name, row in ARCHITECTURES.items() if row.by_layer)
 ENGINES: Sequence[Engine] = (
     Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
-    Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, "ForCausalLM", BY_LAYER),
-    Engine("vLLM", (*CAUSAL, *MIXTURES, "gpt2", "opt", "bert", "roberta")),
-    Engine("SGLang", (*CAUSAL, *MIXTURES, "gpt2", "bert")),
+    Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, HEAD, BY_LAYER),
+    Engine(
+        "vLLM", (*CAUSAL, *MIXTURES, "gpt2", "opt", "bert", "roberta"), DECILM, "", True, "", FAMILIES, HEAD, ("llama",)
+    ),
+    Engine("SGLang", (*CAUSAL, *MIXTURES, "gpt2", "bert"), f"{DECILM} and {STEPS}", "", False, "", FAMILIES, HEAD),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
 )
 
@@ -55,11 +63,17 @@ def verdict(engine: Engine, model_type: str, is_stock: bool, class_name: str = "
         return f"no: it has no {class_name}"
     if is_stock:
         said = f"yes, by {engine.how}" if engine.how else "yes"
-    elif engine.others and (not engine.other_types or model_type in engine.other_types):
+    elif _takes_others(engine, model_type, class_name):
         said = engine.others
     else:
         return "no: its own code builds every layer alike; export to ONNX, or prune with shapes='stock'"
-    return said if engine.is_run else f"{said} ({NOT_RUN})"
+    is_run = engine.is_run and (not engine.run_types or model_type in engine.run_types)
+    return said if is_run else f"{said} ({NOT_RUN})"
+
+
+def _takes_others(engine: Engine, model_type: str, class_name: str) -> bool:
+    named = not class_name or engine.other_head in class_name
+    return bool(engine.others) and named and (not engine.other_types or model_type in engine.other_types)
 
 
 def engine_rows(model_type: str) -> list[Row]:
