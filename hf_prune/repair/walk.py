@@ -92,8 +92,7 @@ class StackRepair:
                     targets[here[-1].kind] = behind[sites[gone][-1].kind]
             self._advanced, waiting = False, norms_of(layer) if self.batch_norm else []
             for position, site in enumerate(here):
-                if diverged:
-                    waiting = self._estimate_(index, layer, waiting, site.consumer)
+                waiting = self._estimate_(index, layer, waiting, diverged, site.consumer)
                 read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
                 realigned = not site.routed and self._adapt_(index, layer, site, read, diverged)
                 bridges = site is here[-1] and wanted is not None and not site.routed
@@ -103,8 +102,7 @@ class StackRepair:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
                     reports.append(report | {"realigned": realigned, "gap": gap})
                     diverged = True
-            if diverged:
-                self._estimate_(index, layer, waiting)
+            self._estimate_(index, layer, waiting, diverged)
             if not self._advanced:
                 self._advance_pruned(index, layer)
             diverged = diverged or following > index + 1
@@ -135,15 +133,16 @@ class StackRepair:
             self.dense.states[batch] = seen[OUTPUT]
         return reads, targets if is_sum else {}
 
-    def _estimate_(self, index: int, layer: nn.Module, waiting: Sequence[str], before: str = "") -> list[str]:
+    def _estimate_(self, index: int, layer: nn.Module, waiting: Sequence[str], diverged: bool, before: str = "") -> list[str]:
         """Estimate the running statistics of the waiting norms of a layer, of those alone that it runs before a module;
-        returns those that wait still."""
+        returns those that wait still. Where the stream has not diverged they stay as they are."""
         if not waiting:
             return []
         calls = calls_of(layer, self.pruned.states, self.pruned.kwargs[index])
         order = in_order(layer, [*waiting, before] if before else waiting, calls[0])
         due = order[: order.index(before)] if before in order else order
-        estimate_(layer, due, calls, [held_out == 0 for held_out in self.held_out])
+        if diverged:
+            estimate_(layer, due, calls, [held_out == 0 for held_out in self.held_out])
         return [path for path in waiting if path not in due]
 
     def _kept(self, dense: torch.Tensor) -> torch.Tensor:
