@@ -41,7 +41,7 @@ Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
-UNIT_CHOICES = ("heads", "kv_groups", "neurons", "experts", "layers", "tokens", "hidden")
+UNIT_CHOICES = ("heads", "kv_groups", "neurons", "channels", "experts", "layers", "tokens", "hidden")
 MOST_SEED = 2**32 - 1
 
 
@@ -128,6 +128,7 @@ PRUNING_CHECKS: Mapping[str, Check] = {
     "allocation": _choice(*get_args(Allocation)),
     "align": _optional(_whole(1)),
     "repair": _choice(*get_args(Repair)),
+    "batch_norm": _that(lambda value: isinstance(value, bool), ": must be True or False"),
     "calibration_samples": _whole(8),
     "calibration_seed": _whole(0, MOST_SEED),
     "sequence_length": _whole(1),
@@ -176,8 +177,8 @@ class PruningConfig:
     units: list[str] | None = field(
         default=None,
         metadata=_help(
-            "What may be removed: any of heads, kv_groups, neurons, experts, layers, tokens (of the vocabulary), "
-            "hidden (channels of the whole stream, with heads where a class makes them as wide together). Default: "
+            "What may be removed: any of heads, kv_groups, neurons, channels (between two convolutions), experts, "
+            "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes them as wide together). Default: "
             "neurons (of experts too; where parameters or bytes count, whole experts), with kv_groups where query "
             "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
             "cannot say it."
@@ -234,6 +235,13 @@ class PruningConfig:
         default="least_squares",
         metadata=_help(
             "Correction of the kept weights: least squares, one scale a unit (Kwon), bias only (FLAP), or none."
+        ),
+    )
+    batch_norm: bool = field(
+        default=True,
+        metadata=_help(
+            "Re-estimate running statistics of batch norms behind a cut, on the calibration examples, whatever `repair` "
+            "is."
         ),
     )
     calibration_samples: int = field(default=1024, metadata=_help("Examples drawn from the data, at least 8."))

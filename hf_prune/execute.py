@@ -20,6 +20,7 @@ from .model.sites import Extent, Site
 from .model.weights import quiet
 from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where, must_be_plan
+from .repair.running import estimate_behind_, norms_of
 from .repair.walk import StackRepair
 from .repair.width import Channels, Outside, first_states
 from .vocabulary.choice import token_configs
@@ -36,13 +37,15 @@ class Repair:
     method: str = "none"
     batches: Sequence[Batch] = ()
     gradients: Mapping[Where, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
+    batch_norm: bool = False  # whether running statistics behind a cut are estimated again
 
 
 def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair: Repair) -> list[dict[str, Any]]:
     """Leave of a model what the plan keeps, repaired; the reports of the repairs. The config's sizes of sites and the
     undoing of a cut that is stopped are the caller's."""
     reports: list[dict[str, Any]] = []
-    repaired, changes = repair.method != "none", False
+    estimated = repair.batch_norm and bool(repair.batches) and bool(norms_of(model))
+    repaired, changes = repair.method != "none" or estimated, False
     with quiet(model), torch.no_grad():
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
@@ -69,6 +72,7 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                     anatomy.family.norm_offset,
                     repair.gradients if pruned.loops == 1 else {},
                     None if outside is None else outside.channels,
+                    repair.batch_norm,
                 ).run_(layers, by_layer)
             else:
                 _cut_sites_(model, plan, by_layer)
@@ -77,6 +81,8 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                 drop_layers_(model, extent, kept)
         if outside is not None:
             outside.finish_()
+        if estimated and changes:
+            estimate_behind_(model, [extent.path for extent in stacks], repair.batches)
         _shorten_(model, anatomy, plan, repair.batches)
     return reports
 

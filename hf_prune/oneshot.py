@@ -122,7 +122,7 @@ class Analysis:
         return replace(plan, kept=(*plan.kept, *self.whole))
 
     def _repair(self) -> Repair:
-        return Repair(self.config.repair, self.batches, self.tokens)
+        return Repair(self.config.repair, self.batches, self.tokens, self.config.batch_norm)
 
     def cut_(
         self, model: PreTrainedModel, keep: float | None = None, *, plan: PruningPlan | None = None

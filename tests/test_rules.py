@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
-        "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
+        "weights", "outside", "patches", "maps", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
         "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
         "layerwise", "batches",
     ),
@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",
     ),
-    "repair": ("solve", "experts", "width", "walk"),
+    "repair": ("solve", "experts", "width", "running", "walk"),
     "execute": (), "search": (),
     "oneshot": (),
     "train": (

@@ -140,7 +140,10 @@ def _accepts(config: Any, sites: list[Site]) -> bool:
 
 
 def tells_layers(config: Any, family: Family) -> bool:
-    """Whether transformers' own `per_layer_config` can tell layers apart: in one stack, sized by the config itself."""
+    """Whether transformers' own `per_layer_config` can tell layers apart: in one stack whose layers the config counts,
+    sized by the config itself."""
+    if any(not stack.axis.config for stack in family.stacks):
+        return False
     return not config.is_encoder_decoder and not any("." in key for key in size_keys(family))
 
 

@@ -208,7 +208,11 @@ def _groups(anatomy: Anatomy, shapes: str, units: Sequence[str]) -> list[list[Si
         some = any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes)
         return _grouped(anatomy, lambda site: site.inner.config if some else site.key)
     if len({site.stack for site in anatomy.sites}) > 1:
-        return _coupled(anatomy)
+        crossing = {site.path for site in anatomy.sites if site.elsewhere}  # what they cost is a product
+        return _grouped(
+            anatomy,
+            lambda s: (s.stack, s.kind) if s.inner.tied else (s.stack, s.layer) if s.path in crossing else s.key,
+        )
     return _grouped(anatomy, lambda site: (site.stack, site.kind if site.inner.tied else site.layer, site.inner.config))
 
 
@@ -255,7 +259,14 @@ def _table(members: Sequence[Site], rankings: Mapping[Where, Ranking], costs: Co
     distinct = {id(rankings[site.key]): rankings[site.key] for site in members}
     loss = sum(ranking.losses() for ranking in distinct.values())
     cost = sum(_costs(site, rankings[site.key], costs) for site in members)
-    return Table(np.asarray(loss), np.asarray(cost))
+    return Table(np.asarray(loss), np.asarray(cost - _spared(members, rankings, costs)))
+
+
+def _spared(members: Sequence[Site], rankings: Mapping[Where, Ranking], costs: CostModel) -> np.ndarray:
+    """What the members count twice, at each count that they share."""
+    options = range(len(rankings[members[0].key].counts))
+    chosen = [{s.key: _sizes(s, rankings[s.key], rankings[s.key].counts[i]) for s in members} for i in options]
+    return np.array([costs.spared(sizes) for sizes in chosen])
 
 
 def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:

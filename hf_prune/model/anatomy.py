@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from .axes import Family, Part
 from .lookup import family_of
+from .maps import matrices_of, positions
 from .outside import image_tokens, other_elements, outside_macs, tower_tokens
-from .sites import Extent, Site, Where, find_sites, find_stacks, tensor_of
+from .sites import Extent, Site, Where, find_sites, find_stacks, module_of, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
 from .wide import Share, find_hidden, shares
@@ -92,7 +93,15 @@ def describe(model: PreTrainedModel) -> Anatomy:
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
     in_sites = {f"{site.path}.{part.tensor}" for site in sites for part in site.parts}
     vocabulary, tokens = token_parts(model, [*paths.values()]), image_tokens(model)
-    per_token, per_example = outside_macs(model, [*paths.values()], tokens)
+    applied = positions(model) if family.maps else {}
+    if applied:
+        sites, tokens = [_applied(site, applied) for site in sites], 1  # what costs is counted for each image
+        weighed = {name: size * applied.get(name, 0) for name, size in matrices_of(model).items()}
+        inside = {where: _under(path, weighed, in_sites) for where, path in paths.items()}
+        per_token, per_example = 0.0, float(sum(s for n, s in weighed.items() if not n.startswith(_roots(paths))))
+    else:
+        inside = {where: other_elements(model, path, in_sites) for where, path in paths.items()}
+        per_token, per_example = outside_macs(model, [*paths.values()], tokens)
     hidden, reason = find_hidden(model, family, sites)
     if reason:
         family = replace(family, refused=(*family.refused, ("hidden", reason)))
@@ -106,7 +115,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
         layer_params={key: sum(p.numel() for p in layer.parameters()) for key, layer in layers.items()},
-        layer_weights={where: other_elements(model, path, in_sites) for where, path in paths.items()},
+        layer_weights=inside,
         token_params=params_a_token(model, vocabulary),
         token_weights=sum(tensor_of(model, part.tensor).shape[1] for part in vocabulary if part.role == "makes"),
         outside_macs_token=per_token,
@@ -115,6 +124,20 @@ def describe(model: PreTrainedModel) -> Anatomy:
         tower_tokens=tower_tokens(model, [e.where[0] for e in extents]),
         shares=shares(model, hidden, vocabulary, paths, in_sites, tokens),
     )
+
+
+def _applied(site: Site, positions: Mapping[str, int]) -> Site:
+    """The site with how often its matrices are applied to an image."""
+    found = {tensor: positions.get(module_of(f"{site.path}.{tensor}"), 1) for tensor in site.shapes}
+    return replace(site, applied=found)
+
+
+def _under(path: str, weighed: Mapping[str, int], but: set[str]) -> int:
+    return sum(n for name, n in weighed.items() if name.startswith(f"{path}.") and f"{name}.weight" not in but)
+
+
+def _roots(paths: Mapping[Where, str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in paths.values())
 
 
 def _narrowed(anatomy: Anatomy, left: Mapping[Where, float]) -> Anatomy:

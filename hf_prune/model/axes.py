@@ -24,7 +24,8 @@ class Axis:
     stock: Stock = (
         "any"  # sizes that the stock config can say: any, only divisors of the hidden size, or none but dense
     )
-    width: str = ""  # attribute of the layer that gives the entries of a unit in a tensor; "": one
+    width: str = ""  # attribute of the layer that gives the entries of a unit in a tensor, or the weight of a grouped
+    # convolution, whose second dimension they are; "": one
     width_config: str = ""  # key that must give that width once units are gone
     alias: str = ""  # word that means these units where there is no axis of that name
     tied: bool = False  # all sites of a kind in a stack keep the same indices
@@ -126,6 +127,7 @@ class Family:
     post_norm_unless: str = ""  # config key; the norms stand behind the sum where it is false
     norm_offset: float = 0.0  # norms compute x * (norm_offset + weight)
     shapes: tuple[str, ...] = ("stock", "uniform", "per_layer")  # in which it can be cut
+    maps: bool = False  # layers work on maps of pixels: how often a matrix is applied is counted for each, see `maps`
     refused: tuple[tuple[str, str], ...] = ()  # units that cannot go, and why
 
 

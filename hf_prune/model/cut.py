@@ -125,9 +125,12 @@ def say_sizes_(module: Any) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return
+    groups = getattr(module, "groups", 1)
+    if groups > 1:  # of a convolution, which go whole; of a depthwise one each is a channel
+        module.groups = groups * weight.shape[0] // module.out_channels
     known = (SIZES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in SIZES)
     for name, axis in next(known, {}).items():
-        setattr(module, name, weight.shape[axis])
+        setattr(module, name, weight.shape[axis] * (module.groups if name == "in_channels" else 1))
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = tuple(weight.shape)
 

@@ -28,12 +28,12 @@ def rows_outside(model: Any, layers: list[str], tokens: int | None) -> dict[str,
     for name, module in outside.items():
         if isinstance(module, nn.Conv2d):
             found[name] = (0, _positions_of(model, module))
-        elif _is_matrix(module):
+        elif is_matrix(module):
             found[name] = (1, 0) if _sees_tokens(model, name) else (0, 1)
     return {name: (0, a + b * tokens) if tokens else (b, a) for name, (b, a) in found.items()}
 
 
-def _is_matrix(module: Any) -> bool:
+def is_matrix(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -63,7 +63,7 @@ def other_elements(model: nn.Module, path: str, but: set[str]) -> int:
 def other_matrices(model: nn.Module, path: str, but: set[str]) -> list[str]:
     """The modules of a layer with a matrix that belongs to none of its sites."""
     inside = model.get_submodule(path).named_modules(prefix=path)
-    return [name for name, module in inside if _is_matrix(module) and f"{name}.weight" not in but]
+    return [name for name, module in inside if is_matrix(module) and f"{name}.weight" not in but]
 
 
 def _positions_of(model: Any, convolution: Any) -> int:

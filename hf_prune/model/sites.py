@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,9 @@ class Site:
     routed: int = 0  # units of `outer` that each token goes through; 0: all of them
     times: int = 1  # units of `inner` for each that the config counts
     split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
+    applied: Mapping[str, int] = field(default_factory=dict)  # tensor -> positions of an image that it is applied at,
+    # where layers work on maps of pixels
+    elsewhere: frozenset[str] = frozenset()  # tensors whose cost an earlier site of the layer counts, see `Crossing`
 
     @property
     def key(self) -> Where:
@@ -138,16 +141,18 @@ class Site:
         return replace(self, sizes=dict(counts), shapes={tensor: tuple(shape) for tensor, shape in shapes.items()})
 
     @cached_property
-    def _products(self) -> tuple[tuple[int, bool, bool, tuple[tuple[Part, Mapping[str, float]], ...]], ...]:
-        """Of each tensor: its elements, whether it is a matrix, whether a token goes through a part of it alone, and
-        of each of its dimensions the share of a unit."""
+    def _products(self) -> tuple[tuple[int, int, bool, bool, tuple[tuple[Part, Mapping[str, float]], ...]], ...]:
+        """Of each tensor: its elements, how often it is applied, whether it is a matrix, whether a token goes through a
+        part of it alone, and of each of its dimensions the share of a unit."""
         found = []
-        for tensor in dict.fromkeys(part.tensor for part in self.parts if part.tensor in self.shapes):
-            here = [part for part in self.parts if part.tensor == tensor]
-            shape, roles = self.shapes[tensor], {part.role for part in here}
+        here = (part.tensor for part in self.parts if part.tensor in self.shapes)
+        for tensor in dict.fromkeys(name for name in here if name not in self.elsewhere):
+            along = [part for part in self.parts if part.tensor == tensor]
+            shape, roles = self.shapes[tensor], {part.role for part in along}
             is_matrix = roles != {"carries"} and math.prod(shape) > max(shape)
             in_turn = bool(self.routed) and "routes" not in roles
-            found.append((math.prod(shape), is_matrix, in_turn, tuple((part, self._shares(part)) for part in here)))
+            dims = tuple((part, self._shares(part)) for part in along)
+            found.append((math.prod(shape), self.applied.get(tensor, 1), is_matrix, in_turn, dims))
         return tuple(found)
 
     def _shares(self, part: Part) -> dict[str, float]:
@@ -164,13 +169,13 @@ class Site:
 
     def elements(self, counts: Counts, matrices: bool = False) -> float:
         """Elements of all parameters with so many units: a product over their dimensions. `matrices`: of those of
-        matrices that a token goes through."""
+        matrices that a token goes through, as often as they are applied."""
         through = min(self.routed / max(counts[self.outer.name], 1), 1)
         return sum(
-            size
+            (size * applied if matrices else size)
             * math.prod(sum(part.along(a, counts) * share for a, share in shares.items()) for part, shares in dims)
             * (through if matrices and in_turn else 1)
-            for size, is_matrix, in_turn, dims in self._products
+            for size, applied, is_matrix, in_turn, dims in self._products
             if is_matrix or not matrices
         )
 
@@ -216,13 +221,22 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         wanted = ", ".join(stack.layers for stack in family.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     names = {stack.name for stack, _ in stacks}
-    return [
+    found = [
         _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names, model.config)
         for stack, path in stacks
         for index, layer in enumerate(model.get_submodule(path))
         for row in stack.sublayers
         if not row.optional or _has(layer, row)
     ]
+    return [replace(site, elsewhere=_counted_before(site, found)) for site in found]
+
+
+def _counted_before(site: Site, sites: Sequence[Site]) -> frozenset[str]:
+    """The tensors of a site that one before it in its layer has too: a convolution between two others, whose inputs are
+    units of the one, and whose outputs are units of the other."""
+    earlier = sites[: sites.index(site)] if site.row.optional else []
+    theirs = {part.tensor for other in earlier if other.path == site.path for part in other.parts}
+    return frozenset(theirs & {part.tensor for part in site.parts if part.tensor.endswith(".convolution.weight")})
 
 
 def find_stacks(model: Any, family: Family) -> tuple[Extent, ...]:
@@ -252,7 +266,7 @@ def _placed(row: Sublayer, family: Family, config: Any) -> Sublayer:
 def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str], config: Any) -> Site:
     parts = _parts_here(layer, row)
     tensors = {part.tensor: tensor_of(layer, part.tensor) for part in parts}
-    widths = {axis.name: int(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
+    widths = {axis.name: _width(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
     widths |= {p.width: sum(attribute_of(layer, each) for each in p.width.split("+")) for p in parts if p.width}
     sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
@@ -277,13 +291,18 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     )
 
 
+def _width(found: Any) -> int:
+    return found.shape[1] if isinstance(found, torch.Tensor) else int(found)
+
+
 def _has(layer: nn.Module, row: Sublayer) -> bool:
     """Whether a layer has a sublayer that not every layer has: all that reads its units is there."""
     return all(find_tensor(layer, part.tensor) is not None for part in row.parts if part.role == "reads")
 
 
 def _consumer_bias(layer: nn.Module, parts: Sequence[Part]) -> bool:
-    return any(find_tensor(layer, f"{module_of(p.tensor)}.bias") is not None for p in parts if p.role == "reads")
+    consumer = next((module_of(part.tensor) for part in parts if part.role == "reads"), None)
+    return consumer is not None and find_tensor(layer, f"{consumer}.bias") is not None
 
 
 def _parts_here(layer: nn.Module, row: Sublayer) -> tuple[Part, ...]:

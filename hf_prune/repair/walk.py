@@ -23,19 +23,22 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..model import layerwise
-from ..model.cut import cut_, cut_arguments, kept_columns
+from ..model.cut import columns_of, cut_, cut_arguments, kept_columns
 from ..model.experts import Call, down_matrices, set_down_matrices_, slots
 from ..model.layerwise import OUTPUT, Stream
+from ..model.patches import area, is_convolution, read_rows
 from ..model.sites import Site, input_axis, readers
 from ..plan import Kept, PruningPlan, Where
 from ..score.statistics import rows_of
 from .experts import Routed, refit_experts
+from .running import calls_of, estimate_, in_order, norms_of
 from .solve import (
     BLENDS,
     TOKENS_A_COLUMN,
     ChannelSums,
     Moments,
     Refit,
+    best_of,
     refit,
     refit_channels,
     rescale,
@@ -67,6 +70,7 @@ class StackRepair:
     norm_offset: float = 0.0
     gradients: Mapping[Where, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
     channels: Channels | None = None  # of the stream that stay; the pruned stream is as narrow
+    batch_norm: bool = False  # whether running statistics behind a cut are estimated again
     _norms: dict[str, nn.Module] = field(default_factory=dict, init=False)  # of the layer at hand, as when dense
     _advanced: bool = field(default=False, init=False)  # whether the pruned stream has been through the layer at hand
 
@@ -86,8 +90,9 @@ class StackRepair:
                 behind = self._advance_dense(gone, layers[gone], sites[gone])[1]
                 if targets and behind:
                     targets[here[-1].kind] = behind[sites[gone][-1].kind]
-            self._advanced = False
+            self._advanced, waiting = False, norms_of(layer) if self.batch_norm else []
             for position, site in enumerate(here):
+                waiting = self._estimate_(index, layer, waiting, diverged, site.consumer)
                 read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
                 realigned = not site.routed and self._adapt_(index, layer, site, read, diverged)
                 bridges = site is here[-1] and wanted is not None and not site.routed
@@ -97,6 +102,7 @@ class StackRepair:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
                     reports.append(report | {"realigned": realigned, "gap": gap})
                     diverged = True
+            self._estimate_(index, layer, waiting, diverged)
             if not self._advanced:
                 self._advance_pruned(index, layer)
             diverged = diverged or following > index + 1
@@ -115,14 +121,29 @@ class StackRepair:
             seen = layerwise.run(layer, state, arguments, inputs_of=list(first.values()), outputs_of=wanted)
             for site in sites:
                 if site.consumer in seen:
+                    reads[site.kind].append(seen[first[site.kind]])
                     part = _end(site) if site.row.norm_place == "inside" else site.consumer
+                    is_sum = is_sum and seen[part].numel() == state.numel()
+                    if not is_sum:  # a convolution with fewer positions, or other channels
+                        continue
                     summed = state + seen[part].view_as(state)
                     state = seen[_end(site)].view_as(state) if site.row.norm_place == "after" else summed
-                    reads[site.kind].append(seen[first[site.kind]])
                     targets[site.kind].append(summed)
             is_sum = is_sum and _same(state, seen[OUTPUT])
             self.dense.states[batch] = seen[OUTPUT]
         return reads, targets if is_sum else {}
+
+    def _estimate_(self, index: int, layer: nn.Module, waiting: Sequence[str], diverged: bool, before: str = "") -> list[str]:
+        """Estimate the running statistics of the waiting norms of a layer, of those alone that it runs before a module;
+        returns those that wait still. Where the stream has not diverged they stay as they are."""
+        if not waiting:
+            return []
+        calls = calls_of(layer, self.pruned.states, self.pruned.kwargs[index])
+        order = in_order(layer, [*waiting, before] if before else waiting, calls[0])
+        due = order[: order.index(before)] if before in order else order
+        if diverged:
+            estimate_(layer, due, calls, [held_out == 0 for held_out in self.held_out])
+        return [path for path in waiting if path not in due]
 
     def _kept(self, dense: torch.Tensor) -> torch.Tensor:
         """Of the dense stream what the pruned one should be."""
@@ -143,7 +164,8 @@ class StackRepair:
         """Set right what a sublayer reads, as far as a linear map can."""
         solves = self.method == "least_squares"
         if self.channels is None:
-            return diverged and solves and self._realign_(index, layer, site, dense)
+            realigns = not is_convolution(layer.get_submodule(readers(site)[0]))
+            return diverged and solves and realigns and self._realign_(index, layer, site, dense)
         modules: list[Any] = [layer.get_submodule(path) for path in readers(site)]
         has_bias = all(module.bias is not None for module in modules)
         sums = [self.channels.moments(has_bias, modules[0].weight.device) for _ in range(self._sets)]
@@ -275,10 +297,12 @@ class StackRepair:
     ) -> list[Moments]:
         """Of the rows that the repair is fitted to, and of each held-out set."""
         *done, site = upto
-        kept = kept_columns(site, self.plan[site.key].axis, self.plan[site.key].kept).to(dense.device)
+        path, consumer = site.consumer, layer.get_submodule(site.consumer)
+        channels = kept_columns(site, self.plan[site.key].axis, self.plan[site.key].kept)
+        kept = columns_of(channels, area(consumer)).to(dense.device)
         sums = [Moments(len(dense), len(kept), site.has_bias, dense.device) for _ in range(self._sets)]
-        weight, bias = dense[:, : site.columns], dense[:, -1] if site.has_bias else None
-        path = site.consumer
+        columns = site.columns * area(consumer)
+        weight, bias = dense[:, :columns], dense[:, -1] if site.has_bias else None
         weights = token_weights(self.gradients[site.key], self.masks) if site.key in self.gradients else []
         for batch, state in enumerate(self.pruned.states):
             arguments = self.pruned.kwargs[index][batch]
@@ -287,7 +311,7 @@ class StackRepair:
             if path not in seen:
                 continue
             for moments, examples in self._by_set(sums, batch):
-                x = rows_of(seen[path], self.masks[batch], examples)
+                x = rows_of(read_rows(consumer, seen[path]), self.masks[batch], examples)
                 own = functional.linear(x, weight, bias)
                 if targets is None or site.row.norm_place == "inside":
                     residual = torch.zeros_like(own)  # behind a norm only the own target is linear in W
@@ -316,10 +340,13 @@ class StackRepair:
         held_out: Sequence[Moments],
         blends: Sequence[float],
     ) -> Refit:
+        if self.method == "none":
+            return best_of(weight, (), held_out)
         if self.method == "bias":
             return shift_bias(weight, calibration, held_out)
         if self.method == "rescale":
-            return rescale(weight, calibration, held_out, site.columns // self.plan[site.key].of)
+            columns = weight.shape[1] - site.has_bias
+            return rescale(weight, calibration, held_out, columns // len(self.plan[site.key].kept))
         if 0 < calibration.tokens < TOKENS_A_COLUMN * weight.shape[1]:
             warnings.warn(
                 f"{calibration.tokens} calibration tokens to refit {weight.shape[1]} columns (at least "

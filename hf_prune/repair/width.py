@@ -97,9 +97,9 @@ class Channels:
 
 
 def matrix_of(linear: Any) -> torch.Tensor:
-    """Weight [D, K] of a linear module in fp32, with the bias as last column where there is one."""
+    """Weight [D, K] of a linear module or convolution in fp32, with the bias as last column where there is one."""
     weight = linear.weight.detach().float()
-    weight = weight.T if input_axis(linear) == 0 else weight
+    weight = weight.T if input_axis(linear) == 0 else weight.flatten(1)
     return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
 
 
@@ -108,6 +108,9 @@ def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
     if linear.bias is not None:
         put_(linear, "bias", matrix[:, -1])
         matrix = matrix[:, :-1]
+    kernel = linear.weight.shape[2:]  # of a convolution
+    if kernel:
+        matrix = matrix.unflatten(1, (-1, *kernel))
     put_(linear, "weight", matrix.T if input_axis(linear) == 0 else matrix)
     say_sizes_(linear)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from ..model import experts, layerwise
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.layerwise import OUTPUT
+from ..model.patches import area, made_rows, read_rows, times_gate
 from ..model.sites import Site, consumer, input_axis, tensor_of
 from ..model.weights import quiet
 from ..plan import Where
@@ -29,16 +31,13 @@ if TYPE_CHECKING:
 
 
 def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook that multiplies each unit's columns by its gate. gate: [B, U], or [1, U] for all examples.
+    """A forward pre-hook that multiplies each unit's columns or channels by its gate. gate: [B, U], or [1, U] for all examples.
 
     The product is formed in fp32, so that the gate's gradient is accumulated in fp32 whatever the model's dtype.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        examples, units = gate.shape
-        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate.to(x.device)[:, None, :, None]
-        return (gated.reshape(x.shape).to(x.dtype), *args[1:])
+        return (times_gate(module, args[0], gate).to(args[0].dtype), *args[1:])
 
     return hook
 
@@ -99,13 +98,13 @@ def _output_gradients(
     model: nn.Module, sites: Sequence[Site], squares: dict[Where, torch.Tensor], products: Mapping[Where, torch.Tensor]
 ) -> Iterator[None]:
     def watch(key: Where) -> Any:
-        def keep(gradient: torch.Tensor) -> None:
-            rows = gradient.float().flatten(0, -2)
+        def keep(module: nn.Module, gradient: torch.Tensor) -> None:
+            rows = made_rows(module, gradient).float().flatten(0, -2)
             squares[key] = rows.square().sum(-1)
             if key in products:
                 products[key].addmm_(rows.T, rows)
 
-        return lambda module, args, output: output.register_hook(keep) and None
+        return lambda module, args, output: output.register_hook(partial(keep, module)) and None
 
     handles = [consumer(model, site).register_forward_hook(watch(site.key)) for site in sites]
     try:
@@ -177,7 +176,7 @@ def _of_matrix(model: nn.Module, site: Site, axis: str, found: Found) -> SiteSta
     weight = linear.weight.detach().float()
     return SiteStatistics(
         units=site.sizes[axis],
-        weight=(weight.T if input_axis(linear) == 0 else weight).cpu(),
+        weight=(weight.T if input_axis(linear) == 0 else weight.flatten(1)).cpu(),
         weight_square=_weight_squares(model, site, axis).cpu(),
         **found,
     )
@@ -267,7 +266,8 @@ def _walk(
                 stream.states[index] = seen[OUTPUT]
                 for site in here:
                     if site.consumer in seen:
-                        found[site.key].see(seen[site.consumer], masks[index])
+                        x, module = seen[site.consumer], layer.get_submodule(site.consumer)
+                        found[site.key].see(x if site.routed else read_rows(module, x), masks[index])
             for site in here:
                 yield site, found.pop(site.key).means(ranks)
 
@@ -275,7 +275,7 @@ def _walk(
 def _sums(model: PreTrainedModel, site: Site, axis: str, full: bool) -> Any:
     if site.routed:
         return ExpertSums(consumer(model, site), axis == site.outer.name, full)
-    return Sums(site.columns, model.device, full)
+    return Sums(site.columns * area(consumer(model, site)), model.device, full)
 
 
 class Sums:
