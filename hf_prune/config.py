@@ -179,7 +179,8 @@ class PruningConfig:
         metadata=_help(
             "What may be removed: any of heads, kv_groups, neurons, channels (between two convolutions), experts, "
             "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes "
-            "them as wide together). Default: neurons or channels (neurons of experts too; where parameters or bytes count, whole experts), with kv_groups where query "
+            "them as wide together). Default: neurons (of experts too; where parameters or bytes count, whole experts) "
+            "or channels, with kv_groups where query "
             "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
             "cannot say it."
         ),

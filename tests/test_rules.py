@@ -315,7 +315,8 @@ def test_the_floors_are_those_that_the_suite_runs_on():
 
 FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
-    "shapes": "per_layer", "align": 16, "repair": "bias", "batch_norm": False, "calibration_samples": 64, "calibration_seed": 3,
+    "shapes": "per_layer", "align": 16, "repair": "bias", "batch_norm": False,
+    "calibration_samples": 64, "calibration_seed": 3,
     "sequence_length": 77, "latency_batch_size": 4, "allocation": "ratio",
     "layer_criterion": "sleb", "min_count": 2, "max_tokens": 5000, "candidates": 2,
     "rounds": 3, "schedule": "linear", "recovery": 0.25, "rewind_to": "early",
