@@ -1,10 +1,17 @@
 """A small ResNet that reads letters, cut to half of its multiply-adds: what refit and batch norms are worth, and one
 epoch after it with the dense model as teacher.
 
-    python examples/convolution.py            # about five minutes on one core
+    python examples/convolution.py            # two to three minutes on one core
 
 The letters are drawn with the fonts that come with matplotlib (pip install "hf-prune[dev]"): turned, shifted, with
-noise, 32 x 32 pixels. Fonts of the training images and of the test images are the same; the images are not.
+noise, 32 x 32 pixels. Fonts of the training images and of the test images are the same; the images are not. Percent of 3,000 test images, 49.6% of the multiply-adds left, one seed:
+
+                            cut  one epoch
+    dense                  98.0
+    plain cut              13.5       97.1
+    batch norms            75.1       97.1
+    refit                  93.4       97.7
+    refit and batch norms  93.9       97.7
 """
 
 import argparse

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,3 +242,13 @@ def test_what_cannot_go_is_refused():
         prune(model, data, PruningConfig(units=["channels"]))
     with pytest.raises(ValueError, match="batch_norm='yes': must be True or False"):
         PruningConfig(batch_norm="yes")
+
+
+# --- the example -----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_runs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    found = importlib.import_module("convolution").main(["--images", "64", "--epochs", "1", "--keep", "0.7"])
+    assert found["keep"] <= 0.7
+    assert {"dense", "plain cut", "batch norms", "refit", "refit and batch norms", "keep"} == {*found}
