@@ -14,7 +14,7 @@ noise, 32 x 32 pixels. Fonts of the training images and of the test images are t
     refit                  93.4       97.7
     refit and batch norms  93.9       97.7
 
-A harder set (noise 0.5, turns of up to 30 degrees, 8,000 images), and an epoch without a teacher, cost more: dense 87.4,
+A harder set (noise 0.5, turns of up to 30 degrees, 8,000 images) and an epoch without a teacher cost more: dense 87.4,
 refit and batch norms 76.4, and 85.4 after the epoch (plain cut 20.1 and 84.7).
 """
 
