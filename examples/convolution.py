@@ -1,9 +1,21 @@
-"""A small ResNet that reads letters, cut to half of its multiply-adds: what refit and batch norms are worth.
+"""A small ResNet that reads letters, cut to half of its multiply-adds: what refit and batch norms are worth, and one
+epoch after it with the dense model as teacher.
 
-    python examples/convolution.py            # about five minutes on one core
+    python examples/convolution.py            # two to three minutes on one core
 
 The letters are drawn with the fonts that come with matplotlib (pip install "hf-prune[dev]"): turned, shifted, with
-noise, 32 x 32 pixels. Fonts of the training images and of the test images are the same; the images are not.
+noise, 32 x 32 pixels. Fonts of the training images and of the test images are the same; the images are not. Percent of
+3,000 test images that are read right, 49.6% of the multiply-adds left, one seed:
+
+                            cut  one epoch
+    dense                  98.0
+    plain cut              13.5       97.1
+    batch norms            75.1       97.1
+    refit                  93.4       97.7
+    refit and batch norms  93.9       97.7
+
+A harder set (noise 0.5, turns of up to 30 degrees, 8,000 images) and an epoch without a teacher cost more: dense 87.4,
+refit and batch norms 76.4, and 85.4 after the epoch (plain cut 20.1 and 84.7).
 """
 
 import argparse
@@ -45,10 +57,10 @@ def images(count, seed):
         picture = Image.new("L", (SIDE, SIDE))
         place = (SIDE / 2 + 8 * right - 4, SIDE / 2 + 8 * down - 4)
         ImageDraw.Draw(picture).text(place, LETTERS[label], 255, known[int(which * len(known))], anchor="mm")
-        turned = picture.rotate(60 * turn - 30, Image.Resampling.BILINEAR)
+        turned = picture.rotate(40 * turn - 20, Image.Resampling.BILINEAR)
         drawn.append(torch.tensor(list(turned.tobytes()), dtype=torch.float32).view(1, SIDE, SIDE) / 255)
     clean = torch.stack(drawn)
-    return clean + 0.5 * torch.randn(clean.shape, generator=generator), labels
+    return clean + 0.3 * torch.randn(clean.shape, generator=generator), labels
 
 
 def batches(data, size=64):
@@ -56,7 +68,8 @@ def batches(data, size=64):
     return [{"pixel_values": x, "labels": y} for x, y in zip(pixels.split(size), labels.split(size), strict=True)]
 
 
-def train(model, data, epochs, rate):
+def train(model, data, epochs, rate, teacher=None):
+    """Train by the labels, and by what a teacher says where there is one."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     steps = epochs * len(batches(data))
@@ -64,7 +77,12 @@ def train(model, data, epochs, rate):
     for epoch in range(epochs):
         order = torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(epoch))
         for batch in batches([each[order] for each in data]):
-            loss = functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
+            logits = model(batch["pixel_values"]).logits
+            loss = functional.cross_entropy(logits, batch["labels"])
+            if teacher is not None:
+                with torch.no_grad():
+                    told = (teacher(batch["pixel_values"]).logits / 2).softmax(-1)
+                loss = loss / 2 + 2 * functional.cross_entropy(logits / 2, told)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -80,7 +98,7 @@ def accuracy(model, data):
 
 def main(line=None):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--keep", type=float, default=0.5)
     options = parser.parse_args(line)
@@ -99,7 +117,7 @@ def main(line=None):
         settings = PruningConfig(keep=options.keep, shapes="per_layer", repair=repair, batch_norm=batch_norm)
         left = prune(model, calibration, settings).plan.cost["keep"]
         cut = accuracy(model, unseen)
-        after = accuracy(train(model, learned, 1, 1e-3), unseen)
+        after = accuracy(train(model, learned, 1, 1e-3, teacher=dense), unseen)
         found[name] = (cut, after)
         print(f"{name:24} {cut:6.1f} {after:10.1f}", flush=True)
     print(f"multiply-adds that remain: {left:.1%}")

@@ -178,8 +178,9 @@ class PruningConfig:
         default=None,
         metadata=_help(
             "What may be removed: any of heads, kv_groups, neurons, channels (between two convolutions), experts, "
-            "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes them as wide together). Default: "
-            "neurons (of experts too; where parameters or bytes count, whole experts), with kv_groups where query "
+            "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes "
+            "them as wide together). Default: neurons (of experts too; where parameters or bytes count, whole experts) "
+            "or channels, with kv_groups where query "
             "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
             "cannot say it."
         ),
@@ -240,8 +241,8 @@ class PruningConfig:
     batch_norm: bool = field(
         default=True,
         metadata=_help(
-            "Re-estimate running statistics of batch norms behind a cut, on the calibration examples, whatever `repair` "
-            "is."
+            "Re-estimate running statistics of batch norms behind a cut, on the calibration examples, whatever "
+            "`repair` is."
         ),
     )
     calibration_samples: int = field(default=1024, metadata=_help("Examples drawn from the data, at least 8."))

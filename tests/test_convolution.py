@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,7 +169,8 @@ def test_statistics_are_those_of_all_examples():
     every = torch.cat([parts[0][:4], parts[1]]).transpose(0, 1).flatten(1)
     assert torch.allclose(norm[0].running_mean, every.mean(1), atol=1e-5)
     assert torch.allclose(norm[0].running_var, every.var(1), atol=1e-4)
-    assert not norm[0].training and norm[0].num_batches_tracked == 0
+    assert not norm[0].training
+    assert norm[0].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["resnet", "resnet-bottleneck", "regnet", "mobilenet_v2"])
@@ -187,7 +190,7 @@ def test_norms_behind_a_cut_see_what_they_say(name, repair):
     with torch.no_grad():
         model(pixel_values=pixels)
     means = {path: x.transpose(0, 1).flatten(1).mean(1) for path, x in seen.items()}
-    first, last = [*seen][0], [*seen][-1]
+    first, last = next(iter(seen)), [*seen][-1]
     assert torch.equal(model.get_submodule(first).running_mean, before[first])
     assert torch.allclose(model.get_submodule(last).running_mean, means[last], atol=1e-4)
     same = [torch.allclose(model.get_submodule(path).running_mean, mean, atol=1e-4) for path, mean in means.items()]
@@ -239,3 +242,13 @@ def test_what_cannot_go_is_refused():
         prune(model, data, PruningConfig(units=["channels"]))
     with pytest.raises(ValueError, match="batch_norm='yes': must be True or False"):
         PruningConfig(batch_norm="yes")
+
+
+# --- the example -----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_runs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    found = importlib.import_module("convolution").main(["--images", "64", "--epochs", "1", "--keep", "0.7"])
+    assert found["keep"] <= 0.7
+    assert {"dense", "plain cut", "batch norms", "refit", "refit and batch norms", "keep"} == {*found}

@@ -54,7 +54,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
-        "weights", "outside", "patches", "maps", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
+        "weights", "outside", "patches", "maps", "tokens", "embeddings", "depth", "probe", "smaller", "feed",
+        "instance", "effects",
         "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
         "layerwise", "batches",
     ),
@@ -314,7 +315,8 @@ def test_the_floors_are_those_that_the_suite_runs_on():
 
 FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
-    "shapes": "per_layer", "align": 16, "repair": "bias", "calibration_samples": 64, "calibration_seed": 3,
+    "shapes": "per_layer", "align": 16, "repair": "bias", "batch_norm": False,
+    "calibration_samples": 64, "calibration_seed": 3,
     "sequence_length": 77, "latency_batch_size": 4, "allocation": "ratio",
     "layer_criterion": "sleb", "min_count": 2, "max_tokens": 5000, "candidates": 2,
     "rounds": 3, "schedule": "linear", "recovery": 0.25, "rewind_to": "early",
@@ -394,4 +396,4 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(LayerCriterion)) == {*BY_DISTANCE, "sleb", "random"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
-    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "experts", "layers", "tokens", "hidden")
+    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "channels", "experts", "layers", "tokens", "hidden")

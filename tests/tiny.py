@@ -325,7 +325,10 @@ ALL_CLASSES |= {
     **{
         family: (f"{name}ForImageClassification",)
         for family, name in (
-            ("resnet", "ResNet"), ("regnet", "RegNet"), ("convnext", "ConvNext"), ("mobilenet_v2", "MobileNetV2"),
+            ("resnet", "ResNet"),
+            ("regnet", "RegNet"),
+            ("convnext", "ConvNext"),
+            ("mobilenet_v2", "MobileNetV2"),
         )
     },
     "llava": ("LlavaForConditionalGeneration",),
@@ -546,7 +549,9 @@ def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
 
     model = tiny(class_name, **changes)
     if shapes == "stock":
-        config = within_reach(model, PruningConfig(metric="params", criterion="magnitude", repair="none", batch_norm=False))
+        config = within_reach(
+            model, PruningConfig(metric="params", criterion="magnitude", repair="none", batch_norm=False)
+        )
         return prune(model, [tiny_batch(model)], config).model
     return cut(model, cut_everywhere(describe(model), uniform=shapes == "uniform"))
 

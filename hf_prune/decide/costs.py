@@ -68,7 +68,9 @@ class CostModel:
 
     def total(self, sizes: Sizes) -> float:
         sites = {key: counts for key, counts in sizes.items() if len(key) == 3}
-        return self.wide(sizes) + sum(self.units[key].site(counts) for key, counts in sites.items()) - self.spared(sites)
+        return (
+            self.wide(sizes) + sum(self.units[key].site(counts) for key, counts in sites.items()) - self.spared(sites)
+        )
 
     def spared(self, sites: Sizes) -> float:
         """What these sites, each for itself, count too much."""

@@ -55,4 +55,4 @@ def applies(module: Any) -> bool:
 def matrices_of(model: nn.Module, path: str = "") -> dict[str, int]:
     """Elements of the weights that are multiplied by, of all modules under a path."""
     inside = model.get_submodule(path).named_modules(prefix=path)
-    return {name: module.weight.numel() for name, module in inside if applies(module)}  # type: ignore[operator, union-attr, misc]
+    return {name: module.weight.numel() for name, module in inside if applies(module)}

@@ -133,7 +133,9 @@ class StackRepair:
             self.dense.states[batch] = seen[OUTPUT]
         return reads, targets if is_sum else {}
 
-    def _estimate_(self, index: int, layer: nn.Module, waiting: Sequence[str], diverged: bool, before: str = "") -> list[str]:
+    def _estimate_(
+        self, index: int, layer: nn.Module, waiting: Sequence[str], diverged: bool, before: str = ""
+    ) -> list[str]:
         """Estimate the running statistics of the waiting norms of a layer, of those alone that it runs before a module;
         returns those that wait still. Where the stream has not diverged they stay as they are."""
         if not waiting:

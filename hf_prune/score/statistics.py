@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook that multiplies each unit's columns or channels by its gate. gate: [B, U], or [1, U] for all examples.
+    """A forward pre-hook that multiplies each unit's columns or channels by its gate. gate: [B, U], or [1, U] for
+    all examples.
 
     The product is formed in fp32, so that the gate's gradient is accumulated in fp32 whatever the model's dtype.
     """
