@@ -1,8 +1,12 @@
-"""Pruned Llamas in vLLM's CPU build, which give the greedy tokens that transformers gives (make test-vllm)."""
+"""Pruned Llamas in vLLM's CPU build, token by token as likely as in transformers (make test-vllm)."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,14 +16,34 @@ from hf_prune import PruningConfig, PruningPlan, describe, prune, save_pretraine
 from hf_prune.export.decilm import to_decilm
 from hf_prune.plan import Kept
 
-os.environ |= {
+ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
-pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+directory, given, prompts = json.loads(sys.argv[1])
+plain = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 4}
+engine = LLM(directory, skip_tokenizer_init=True, **plain, **given)
+wanted = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0)
+rows = []
+for answer in engine.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False):
+    ids = [*answer.prompt_token_ids, *answer.outputs[0].token_ids]
+    found = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
+    rows.append([ids, [at[token].logprob for at, token in zip(found, ids[1:])]])
+[name] = engine.apply_model(lambda model: type(model).__name__)
+print(json.dumps([name, rows]))
+"""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
+    pytest.mark.filterwarnings("ignore"),
+]
 PROMPTS = [[5, 6, 7, 8, 9], [40, 3, 77], [11] * 12]
 ALL = tuple(range(4))
 
@@ -43,50 +67,52 @@ def pruned(heads, widths):
     return model.eval()
 
 
-def expected(model):
-    given = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    return [model.generate(torch.tensor([ids]), **given)[0, len(ids) :].tolist() for ids in PROMPTS]
-
-
 def served(directory, **given):
-    """The class that vLLM built, and its tokens."""
-    from vllm import LLM, SamplingParams
+    """The class that vLLM built; of each prompt with its answer the tokens, and log-probabilities from the second on."""
+    arguments = json.dumps([str(directory), given, PROMPTS])
+    found = subprocess.run([sys.executable, "-c", SERVE, arguments], env={**os.environ, **ENGINE}, capture_output=True)
+    assert found.returncode == 0, found.stderr.decode()[-2000:]
+    return json.loads(found.stdout.decode().splitlines()[-1])
 
-    plain = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 4}
-    engine = LLM(str(directory), skip_tokenizer_init=True, **plain, **given)
-    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-    answers = engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
-    [name] = engine.apply_model(lambda model: type(model).__name__)
-    return name, [list(answer.outputs[0].token_ids) for answer in answers]
+
+def check(model, directory, name, **given):
+    """vLLM built this class, and each of its log-probabilities, of prompt and answer, is the model's."""
+    built, rows = served(directory, **given)
+    assert built == name
+    for ids, found in rows:
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        ours = logs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert (ours - torch.tensor(found)).abs().max() < 0.01  # they range over several units
 
 
 def test_stock_shapes(tmp_path):
     model = pruned([(0, 2)] * 2, [384] * 2)
     save_pretrained(model, tmp_path / "m")
-    assert served(tmp_path / "m") == ("LlamaForCausalLM", expected(model))
+    check(model, tmp_path / "m", "LlamaForCausalLM")
 
 
 @pytest.mark.parametrize("widths", [(384, 136), (512, 256)])
 def test_widths_by_layer(tmp_path, widths):
     model = pruned([ALL] * 2, widths)
     to_decilm(model, tmp_path / "m")
-    assert served(tmp_path / "m", trust_remote_code=True) == ("DeciLMForCausalLM", expected(model))
+    check(model, tmp_path / "m", "DeciLMForCausalLM", trust_remote_code=True)
 
 
 def test_kv_heads_by_layer(tmp_path):
     model = pruned([(0, 1), (0, 2)], (384, 136))
     to_decilm(model, tmp_path / "m")
-    assert served(tmp_path / "m", trust_remote_code=True) == ("DeciLMForCausalLM", expected(model))
+    check(model, tmp_path / "m", "DeciLMForCausalLM", trust_remote_code=True)
 
 
 def test_widths_by_layer_in_the_code_of_transformers(tmp_path):
     """The plug-in of this package teaches it the sizes."""
     model = pruned([ALL] * 2, (384, 136))
     save_pretrained(model, tmp_path / "m")
-    assert served(tmp_path / "m", model_impl="transformers") == ("TransformersForCausalLM", expected(model))
+    check(model, tmp_path / "m", "TransformersForCausalLM", model_impl="transformers")
 
 
 def test_heads_by_layer_in_the_code_of_transformers(tmp_path):
     model = pruned([ALL, (0, 1)], (512, 512))
     save_pretrained(model, tmp_path / "m")
-    assert served(tmp_path / "m", model_impl="transformers") == ("TransformersForCausalLM", expected(model))
+    check(model, tmp_path / "m", "TransformersForCausalLM", model_impl="transformers")
