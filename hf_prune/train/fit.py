@@ -15,6 +15,8 @@ from ..model.wide import HIDDEN as STREAM
 from ..score.losses import has_head, is_causal_lm
 from .distill import layer_map
 
+WIDTHS = ("hidden_size", "hidden_sizes", "depth_multiplier")  # the last ones of models of stages, and of MobileNet
+
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
     """Raise ValueError unless the student can learn from the teacher what the settings ask for.
@@ -110,12 +112,19 @@ def _depths(model: PreTrainedModel) -> dict[str, int]:
 
 def _check_width(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where hidden states cannot be compared."""
-    ours, theirs = (model.config.get_text_config().hidden_size for model in (student, teacher))
+    ours, theirs = map(_width, (student, teacher))
     if ours != theirs and channels_in(student, theirs) is None:
         raise ValueError(
             f"The teacher's hidden states are {theirs} wide, the student's {ours}, and no plan says which channels "
             "those are: they cannot be compared. Set hidden_weight=0 and attention_weight=0."
         )
+
+
+def _width(model: PreTrainedModel) -> Any:
+    """What the config says of the width of the hidden states: a number, or one for each stage."""
+    config = model.config.get_text_config()
+    said = (getattr(config, key, None) for key in WIDTHS)
+    return next((width for width in said if width is not None), None)
 
 
 def channels_in(student: PreTrainedModel, width: int) -> list[int] | None:
