@@ -165,6 +165,21 @@ def test_labels_tell_what_the_decoder_reads(tmp_path):
     assert without["decoder_input_ids"].tolist() == [[start] * 3] * 2
 
 
+def test_a_model_of_sound(tmp_path):
+    model = tiny_model("whisper", "WhisperForConditionalGeneration").eval()
+    with pytest.raises(ValueError, match=r"reads input_features, of which no example is at hand.*batches="):
+        to_onnx(model, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+    given = onnx_export.graph_inputs(model, tiny_batch(model, 2))
+    assert given["decoder_input_ids"].tolist() == [[model.config.decoder_start_token_id] * 3] * 2
+
+
+@pytest.mark.slow
+def test_the_graphs_of_a_model_of_sound(tmp_path):
+    model = small("whisper", "WhisperForConditionalGeneration", "per_layer")
+    assert to_onnx(model, tmp_path / "onnx", [tiny_batch(model, 2)]) <= 1e-3
+
+
 def weights_of(path):
     held = onnx.load(path, load_external_data=False).graph.initializer
     return {
