@@ -30,6 +30,8 @@ Criterion = Literal[
     "activation",
     "fluctuation",
     "hessian",
+    "reap",
+    "frequency",
     "random",
 ]
 Shapes = Literal["stock", "uniform", "per_layer"]
@@ -39,7 +41,7 @@ Repair = Literal["least_squares", "rescale", "bias", "none"]
 Schedule = Literal["constant", "linear", "cubic"]
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 TRAINING_FIELDS = ("rounds", "schedule", "recovery", "rewind_to")  # of PruningConfig: nothing to a cut alone
-UNIT_CHOICES = ("heads", "kv_groups", "neurons", "layers", "tokens")
+UNIT_CHOICES = ("heads", "kv_groups", "neurons", "channels", "experts", "layers", "tokens", "hidden")
 MOST_SEED = 2**32 - 1
 
 
@@ -126,6 +128,7 @@ PRUNING_CHECKS: Mapping[str, Check] = {
     "allocation": _choice(*get_args(Allocation)),
     "align": _optional(_whole(1)),
     "repair": _choice(*get_args(Repair)),
+    "batch_norm": _that(lambda value: isinstance(value, bool), ": must be True or False"),
     "calibration_samples": _whole(8),
     "calibration_seed": _whole(0, MOST_SEED),
     "sequence_length": _whole(1),
@@ -174,16 +177,19 @@ class PruningConfig:
     units: list[str] | None = field(
         default=None,
         metadata=_help(
-            "What may be removed: any of heads, kv_groups, neurons, layers, tokens (of the vocabulary). Default: "
-            "neurons, with kv_groups where query heads share several KV heads, else with heads; without either where "
-            "`shapes` is stock and the stock class cannot say it."
+            "What may be removed: any of heads, kv_groups, neurons, channels (between two convolutions), experts, "
+            "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes "
+            "them as wide together). Default: neurons (of experts too; where parameters or bytes count, whole experts) "
+            "or channels, with kv_groups where query "
+            "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
+            "cannot say it."
         ),
     )
     criterion: Criterion | None = field(
         default=None,
         metadata=_help(
             "Importance score. Default: fisher_obs_root for losses over tokens (language models), fisher_obs for other "
-            "losses, hessian without a loss."
+            "losses, hessian without a loss; reap where only experts go. reap and frequency score experts alone."
         ),
     )
     layer_criterion: LayerCriterion = field(
@@ -203,9 +209,9 @@ class PruningConfig:
     candidates: int = field(
         default=4,
         metadata=_help(
-            "Where layers or tokens are among the units, or `shapes` is per_layer: how many divisions of the budget "
-            "are cut, repaired and compared by their loss on held-out rows (of the guard, where given); 1 takes the "
-            "predicted one."
+            "Where layers, tokens or hidden channels are among the units, or `shapes` is per_layer: how many divisions "
+            "of the budget are cut, repaired and compared by their loss on held-out rows (of the guard, where given); "
+            "1 takes the predicted one."
         ),
     )
     shapes: Shapes = field(
@@ -230,6 +236,13 @@ class PruningConfig:
         default="least_squares",
         metadata=_help(
             "Correction of the kept weights: least squares, one scale a unit (Kwon), bias only (FLAP), or none."
+        ),
+    )
+    batch_norm: bool = field(
+        default=True,
+        metadata=_help(
+            "Re-estimate running statistics of batch norms behind a cut, on the calibration examples, whatever "
+            "`repair` is."
         ),
     )
     calibration_samples: int = field(default=1024, metadata=_help("Examples drawn from the data, at least 8."))
@@ -270,6 +283,12 @@ class PruningConfig:
             embeddings = isinstance(self.units, list | tuple) and "tokens" in self.units
             self.scope = "blocks" if self.metric == "params" and not embeddings else "model"
         _check_(self, PRUNING_CHECKS)
+        if "hidden" in (self.units or ()) and (self.shapes != "stock" or self.metric == "latency"):
+            raise ValueError(
+                f"units={self.units} with shapes={self.shapes!r} and metric={self.metric!r}: a stream has one width, "
+                "which the stock class has a key for, and no table of latencies is measured of other widths. Use "
+                "shapes='stock' (with fewer heads where the class couples them) and metric='macs'."
+            )
         whole = {"latency": "whole forward passes are timed", "bytes": "a file holds the whole model"}
         if self.metric in whole and self.scope == "blocks":
             raise ValueError(f"scope='blocks' with metric={self.metric!r}: {whole[self.metric]}. Use scope='model'.")

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .decide.costs import planned_sizes
 from .model import layerwise
 from .model.anatomy import Anatomy
 from .model.batches import Batch, forward_inputs, token_mask
-from .model.cut import cut_
+from .model.cut import cut_, cut_wide_
 from .model.depth import check_droppable, drop_layers_
 from .model.embeddings import counted_from, cut_tokens_
 from .model.sites import Extent, Site
 from .model.weights import quiet
-from .plan import PruningPlan, Where, must_be_plan
+from .model.wide import HIDDEN
+from .plan import Kept, PruningPlan, Where, must_be_plan
+from .repair.running import estimate_behind_, norms_of
 from .repair.walk import StackRepair
+from .repair.width import Channels, Outside, first_states
 from .vocabulary.choice import token_configs
 from .vocabulary.renumbering import named_in_configs, renumber_
 
@@ -33,17 +37,21 @@ class Repair:
     method: str = "none"
     batches: Sequence[Batch] = ()
     gradients: Mapping[Where, Sequence[torch.Tensor]] = field(default_factory=dict)  # squared, [B*T] per batch
+    batch_norm: bool = False  # whether running statistics behind a cut are estimated again
 
 
 def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair: Repair) -> list[dict[str, Any]]:
     """Leave of a model what the plan keeps, repaired; the reports of the repairs. The config's sizes of sites and the
     undoing of a cut that is stopped are the caller's."""
     reports: list[dict[str, Any]] = []
-    repaired, changes = repair.method != "none", False
+    estimated = repair.batch_norm and bool(repair.batches) and bool(norms_of(model))
+    repaired, changes = repair.method != "none" or estimated, False
     with quiet(model), torch.no_grad():
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
         dense = {e.where: layerwise.capture(model, _layers(model, e), inputs) for e in stacks} if repaired else {}
+        outside = _outside(model, anatomy, plan, repair, inputs) if inputs else None
+        _narrow_(model, anatomy, plan, outside)
         for extent in stacks:
             by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]
             changes = changes or _changes(plan, extent)
@@ -51,6 +59,8 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                 # a later stack also reads what the stacks before it, cut by now, give
                 first, layers = extent is stacks[0], _layers(model, extent)
                 pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs)
+                if outside is not None:
+                    pruned.states = first_states(model, f"{extent.path}.0", inputs)
                 reports += StackRepair(
                     plan,
                     extent.where[0],
@@ -61,18 +71,57 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
                     pruned.spread([batch.held_out for batch in repair.batches]),
                     anatomy.family.norm_offset,
                     repair.gradients if pruned.loops == 1 else {},
+                    None if outside is None else outside.channels,
+                    repair.batch_norm,
                 ).run_(layers, by_layer)
             else:
                 _cut_sites_(model, plan, by_layer)
             kept = plan.layers(extent.where[0], extent.of)
             if len(kept) < extent.of:
                 drop_layers_(model, extent, kept)
+        if outside is not None:
+            outside.finish_()
+        if estimated and changes:
+            estimate_behind_(model, [extent.path for extent in stacks], repair.batches)
         _shorten_(model, anatomy, plan, repair.batches)
     return reports
 
 
+def _outside(
+    model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair: Repair, inputs: Sequence[Mapping[str, Any]]
+) -> Outside | None:
+    """What lies around the layers of a stream that becomes narrower, as it is in the dense model."""
+    chosen = plan.get(HIDDEN)
+    if chosen is None or chosen.is_identity:
+        return None
+    stack = next(extent for extent in anatomy.extents if extent.path)
+    found = Outside(
+        model,
+        Channels(anatomy.extent(*HIDDEN), chosen.kept),
+        stack.path,
+        inputs,
+        [token_mask(model, batch, stack.where[0]) for batch in repair.batches],
+        [batch.held_out for batch in repair.batches],
+        repair.method == "least_squares",
+        anatomy.family.norm_offset,
+    )
+    found.watch()
+    return found
+
+
+def _narrow_(model: nn.Module, anatomy: Anatomy, plan: PruningPlan, outside: Outside | None) -> None:
+    """Cut the axes that run through the whole model; of a stream that is repaired what lies in front of its layers."""
+    for extent in (extent for extent in anatomy.extents if extent.is_wide):
+        chosen = plan.get(extent.where)
+        if chosen is not None and not chosen.is_identity:
+            if outside is not None and extent.where == HIDDEN:
+                outside.start_()
+            else:
+                cut_wide_(model, extent, chosen.kept)
+
+
 def _changes(plan: PruningPlan, extent: Extent) -> bool:
-    return any(not kept.is_identity for kept in plan.kept if kept.where[:1] == extent.where)
+    return any(not kept.is_identity for kept in plan.kept if kept.where[:1] in (extent.where, HIDDEN))
 
 
 def _layers(model: nn.Module, extent: Extent) -> list[nn.Module]:
@@ -125,7 +174,7 @@ def _first_output(model: Any, rows: Sequence[Sequence[int]], tokens: Collection[
 
 def touched(model: nn.Module, anatomy: Anatomy, plan: PruningPlan) -> list[nn.Module]:
     """All modules that carrying out a plan may change."""
-    if plan.get(()) is not None:
+    if any(plan.get(extent.where) is not None for extent in anatomy.extents if extent.parts):
         return list(model.modules())
     paths = [extent.path for extent in anatomy.extents if extent.path]
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
@@ -153,12 +202,29 @@ def check_plan(model: Any, anatomy: Anatomy, plan: PruningPlan) -> None:
         kept = {*chosen_of.kept}
         if extent.path:
             check_droppable(model, anatomy)
-        needed = {*extent.axis.fixed} if extent.path else _needed_tokens(model, extent)
+        if extent.is_wide:
+            _check_width(anatomy, plan, extent, chosen_of)
+        needed = {*extent.axis.fixed} if extent.where else _needed_tokens(model, extent)
         if not needed <= kept:
             raise ValueError(
                 f"The plan drops {extent.axis.name} {sorted(needed - kept)[:10]} of this {anatomy.model_type}, which "
                 "cannot go: the config names these tokens, or later layers read what that layer makes."
             )
+
+
+def _check_width(anatomy: Anatomy, plan: PruningPlan, extent: Extent, chosen: Kept) -> None:
+    """Raise ValueError where the stock class would build other shapes than a narrower stream leaves."""
+    sizes, width = planned_sizes(anatomy, plan), len(chosen.kept)
+    if extent.where != HIDDEN:
+        return
+    wrong = [site for site in anatomy.sites if site.key in sizes and not site.fits(sizes[site.key], width)]
+    if wrong or width in extent.never:
+        heads = f" beside {sizes[wrong[0].key]} units of {wrong[0].name}" if wrong else ""
+        raise ValueError(
+            f"The plan keeps {width} of {extent.of} hidden channels{heads}, which a stock {anatomy.model_type} cannot "
+            "say: as many channels as its heads have together, or a multiple of their number. prune(...) with "
+            "units=['hidden'] makes plans that fit."
+        )
 
 
 def _needed_tokens(model: Any, extent: Extent) -> set[int]:

@@ -23,7 +23,7 @@ from .decide.costs import report as cost_report
 from .decide.latency.cache import latency_table
 from .decide.latency.table import LatencyTable
 from .decide.latency.watch import Watch
-from .decide.units import asked, choose_units, default_align, unit_of
+from .decide.units import asked, choose_units, default_align, follow_the_stream, unit_of, widths
 from .execute import Repair, check_plan, execute_, touched
 from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
@@ -31,6 +31,7 @@ from .model.configs import all_configs
 from .model.depth import check_droppable
 from .model.undo import undone_on_error
 from .model.weights import check_loaded, quiet
+from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where, must_be_plan
 from .score.checks import check_inputs, fit_labels, idle_towers
 from .score.criteria import CRITERIA
@@ -39,6 +40,7 @@ from .score.judge import Judge
 from .score.losses import has_loss
 from .score.scoring import Scores, criterion_for, scored_rows, scores_of, token_gradients
 from .score.statistics import ALONE, Ranks
+from .score.width import channel_scores
 from .search import Division, Search, least_predicted
 from .vocabulary.choice import Vocabulary, token_configs, translation
 from .vocabulary.trimming import trimmed
@@ -120,7 +122,7 @@ class Analysis:
         return replace(plan, kept=(*plan.kept, *self.whole))
 
     def _repair(self) -> Repair:
-        return Repair(self.config.repair, self.batches, self.tokens)
+        return Repair(self.config.repair, self.batches, self.tokens, self.config.batch_norm)
 
     def cut_(
         self, model: PreTrainedModel, keep: float | None = None, *, plan: PruningPlan | None = None
@@ -173,22 +175,31 @@ def analyze(
     if "layers" in units:
         check_droppable(model, anatomy)
     table = latency_table(model, anatomy, config, align) if config.metric == "latency" else None
-    if words is None and "layers" not in units:
-        _check_reachable(anatomy, config, align, table)
+    alone = not {"layers", "tokens"} & {*units}
+    if alone:
+        _check_reachable(anatomy, config, units, align, table)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
-    config = replace(config, criterion=criterion_for(model, batches, config.criterion))  # type: ignore[arg-type]
+    may_go = _free(anatomy, units) | ({*HIDDEN} & {*units})
+    config = replace(config, criterion=criterion_for(model, batches, config.criterion, may_go))  # type: ignore[arg-type]
     idle = idle_towers({extent.where[0] for extent in anatomy.extents if extent.path}, batches)
     whole = tuple(everything(site, config) for site in anatomy.sites if site.stack in idle)
     if idle:
         anatomy = _without(anatomy, idle)
         units = choose_units(anatomy, config)
-        if words is None and "layers" not in units:
-            _check_reachable(anatomy, config, align, table)
+        if alone:
+            _check_reachable(anatomy, config, units, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
-    if any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes):
-        found = scores_of(model, anatomy.sites, axes, batches, criterion, config.calibration_seed, ranks)
-    else:  # only layers or tokens may go
-        found = Scores({site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites})
+    free, follow = (
+        _free(anatomy, units),
+        follow_the_stream(anatomy, units),
+    )  # else only layers, tokens or channels may go
+    scored = [site for site in anatomy.sites if (free or follow) and (not criterion.of or axes[site.key] in free)]
+    found = scores_of(model, scored, axes, batches, criterion, config.calibration_seed, ranks) if scored else Scores()
+    alike = {site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites if site not in scored}
+    found.scores.update(alike)
+    if "hidden" in units:
+        extent, rows = anatomy.extent(*HIDDEN), scored_rows(batches)
+        found.scores[HIDDEN] = channel_scores(model, extent, rows, criterion, config.calibration_seed)
     return Analysis(
         anatomy,
         config,
@@ -197,7 +208,7 @@ def analyze(
         **vars(found),
         whole=whole,
         table=table,
-        search=_search(model, anatomy, config, units, batches, words),
+        search=_search(model, anatomy, config, units, batches, words, found.scores.get(HIDDEN)),
         vocabulary=words,
         processing_class=processing_class,
         seconds=time.perf_counter() - started,
@@ -210,6 +221,11 @@ def _without(anatomy: Anatomy, stacks: Collection[str]) -> Anatomy:
     return replace(
         anatomy, sites=sites, extents=tuple(e for e in anatomy.extents if e.where[:1] not in {(s,) for s in stacks})
     )
+
+
+def _free(anatomy: Anatomy, units: Sequence[str]) -> set[str]:
+    """The axes of sites whose units may go."""
+    return {axis.name for site in anatomy.sites for axis in site.row.axes if asked(axis, units)}
 
 
 def _axes(anatomy: Anatomy, units: Sequence[str]) -> dict[Where, str]:
@@ -230,10 +246,11 @@ def _search(
     units: Sequence[str],
     batches: Sequence[Batch],
     words: Vocabulary | None,
+    channels: torch.Tensor | None,
 ) -> Search | None:
-    """What the budget can be divided into, where it is shared with layers or tokens."""
+    """What the budget can be divided into, where it is shared with layers, tokens or hidden channels."""
     unlike = config.shapes == "per_layer" and config.candidates > 1
-    if words is None and "layers" not in units and not unlike:
+    if words is None and channels is None and "layers" not in units and not unlike:
         return None
     rows = scored_rows(batches)
     stacks = [e for e in anatomy.extents if e.path and e.axis.config] if "layers" in units else []
@@ -246,10 +263,17 @@ def _search(
         },
         _vocabularies(anatomy, config, words),
         None if words is None else lambda kept: translation(words.tokenizer, trimmed(words.tokenizer, kept), model),
+        {} if channels is None else _streams(channels, widths(anatomy, units, config.align)),
     )
     if stacks:
         found.measure_(model)
     return found
+
+
+def _streams(scores: torch.Tensor, counts: Sequence[int]) -> dict[tuple[int, ...], float]:
+    """The channels of most score, ever fewer of them; with the share of the score that is lost."""
+    order, total = scores.argsort(descending=True, stable=True), float(scores.sum()) or 1.0
+    return {tuple(sorted(order[:n].tolist())): float(scores[order[n:]].sum()) / total for n in counts}
 
 
 def _vocabularies(anatomy: Anatomy, config: PruningConfig, words: Vocabulary | None) -> dict[tuple[int, ...], float]:
@@ -405,12 +429,18 @@ def _check_repair(anatomy: Anatomy, config: PruningConfig) -> None:
         )
 
 
-def _check_reachable(anatomy: Anatomy, config: PruningConfig, align: int, table: LatencyTable | None) -> None:
-    if config.keep < 1 and reachable(anatomy, config, align, table) > config.keep:
+def _check_reachable(
+    anatomy: Anatomy, config: PruningConfig, units: Sequence[str], align: int, table: LatencyTable | None
+) -> None:
+    wide = []
+    if "hidden" in units:
+        extent, narrowest = anatomy.extent(*HIDDEN), widths(anatomy, units, config.align)[-1]
+        wide = [Kept(HIDDEN, extent.axis.name, extent.of, tuple(range(narrowest)))]
+    if config.keep < 1 and reachable(anatomy, config, align, table, wide) > config.keep:
         flat = {
             site.key: torch.ones(site.sizes[unit_of(site, choose_units(anatomy, config))]) for site in anatomy.sites
         }
-        allocate(anatomy, flat, config, align, measured=table)  # raises, and says what can be reached
+        allocate(anatomy, flat, config, align, measured=table, wide=wide)  # raises, and says what can be reached
 
 
 def _quantiles(scores: Mapping[Where, torch.Tensor]) -> list[dict[str, Any]]:
@@ -419,7 +449,7 @@ def _quantiles(scores: Mapping[Where, torch.Tensor]) -> list[dict[str, Any]]:
     return [
         {"stack": stack, "layer": layer, "kind": kind}
         | {"quantiles": [float(f"{q:.4g}") for q in values.double().cpu().quantile(steps).tolist()]}
-        for (stack, layer, kind), values in scores.items()
+        for (stack, layer, kind), values in ((k, v) for k, v in scores.items() if len(k) == 3)
     ]
 
 

@@ -14,9 +14,13 @@ from typing import Any
 from .files import parse_json, read_json, write_text
 
 FORMAT = 2
-WITHIN = {"heads": "kv_groups"}  # axis -> the one of the same place whose units each hold several of its own
+WITHIN = {
+    "heads": "kv_groups",
+    "neurons": "experts",
+}  # axis -> the one of the same place whose units each hold several of its own
 AXIS_OF_FORMAT_1 = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons"}  # its word for a unit
-Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the vocabulary
+# (stack, layer, kind) of a site, (stack,) of its layers, (name,) of another axis of the model, () of its vocabulary
+Where = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -338,9 +342,10 @@ def _line(place: Where, kept: Sequence[Kept]) -> str:
     shown = f"{counts[0]:,}" if len(set(counts)) == 1 else ", ".join(map(str, counts))
     if len(place) == 2:
         return f"{' '.join(place)}: {shown} of {first.of} {first.axis} in {len(kept)} layers"
-    gone = sorted({*range(first.of)} - {*first.kept}) if place else []
+    gone = sorted({*range(first.of)} - {*first.kept}) if first.axis == "layers" else []
     without = f" (without {', '.join(map(str, gone))})" if gone else ""
-    return f"{' '.join((*place, first.axis))}: {shown} of {first.of:,}{without}"
+    words = dict.fromkeys((*place, first.axis))
+    return f"{' '.join(words)}: {shown} of {first.of:,}{without}"
 
 
 def _sha256(value: Any) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .decide.prices import next_to_try
+from .decide.units import follow_the_stream
 from .execute import Repair, execute_, touched
 from .model.anatomy import Anatomy
 from .model.configs import all_configs
@@ -22,6 +23,7 @@ from .model.depth import without_layers
 from .model.sites import Extent
 from .model.undo import undone
 from .model.weights import quiet
+from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where
 from .score.depth import Order
 from .score.judge import Judge, Translate
@@ -30,28 +32,25 @@ from .vocabulary.choice import token_configs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Option = tuple[tuple[Kept, ...], float]  # what stays of a kind of units, and what is predicted to be lost
+WHOLE: Option = ((), 0.0)
 STEPS = 8  # numbers of layers, at most, without which the loss is measured for predictions
 Allocate = Callable[[Sequence[Kept]], PruningPlan]  # of the rest of the budget, to the units of sites
 
 
 @dataclass(frozen=True)
 class Division:
-    """Layers and tokens that stay, the plan that keeps the budget with them, and what it loses."""
+    """Layers, tokens and channels that stay, the plan that keeps the budget with them, and what it loses."""
 
     plan: PruningPlan
     wide: tuple[Kept, ...] = ()
-    others: tuple[float, ...] = ()  # predicted for the layers and for the tokens that go, each in its own measure
+    others: tuple[float, ...] = ()  # predicted for what goes of each kind of them, each in its own measure
     measured: float | None = None
 
     @property
     def predicted(self) -> tuple[float, ...]:
         """For the units of sites, and for the others."""
         return (self.plan.cost["predicted_loss"], *self.others)
-
-    @property
-    def is_wide_alone(self) -> bool:
-        """Whether layers and tokens reach the budget by themselves."""
-        return all(kept.is_identity for kept in self.plan.sites)
 
     @property
     def is_alike(self) -> bool:
@@ -62,7 +61,7 @@ class Division:
     def row(self) -> dict[str, Any]:
         """For the report."""
         return {
-            "kept": {" ".join(map(str, (*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
+            "kept": {" ".join(dict.fromkeys((*k.where, k.axis))): [len(k.kept), k.of] for k in self.wide},
             "alike": self.is_alike,
             "keep": self.plan.cost.get("keep"),
             "predicted_losses": self.predicted,
@@ -84,12 +83,13 @@ class Search:
     orders: Mapping[Where, Order] = field(default_factory=dict)  # by stack
     vocabularies: Mapping[tuple[int, ...], float] = field(default_factory=dict)  # ever smaller ones -> share lost
     translate: Callable[[Sequence[int]], Translate] | None = None  # rows into the tokens of a vocabulary
+    channels: Mapping[tuple[int, ...], float] = field(default_factory=dict)  # ever fewer -> share of their score lost
     without: Mapping[int, float] = field(default_factory=dict)  # layers gone -> loss, see `measure_`
 
     @property
     def is_wide(self) -> bool:
-        """Whether layers or tokens may go."""
-        return bool(self.orders or self.vocabularies)
+        """Whether layers, tokens or hidden channels may go."""
+        return bool(self.orders or self.vocabularies or self.channels)
 
     def measure_(self, model: PreTrainedModel) -> None:
         """What missing layers alone cost, without any repair: at a few numbers of them, for predictions."""
@@ -103,25 +103,48 @@ class Search:
         Raises:
             ValueError: none reaches it.
         """
-        found: list[Division] = []
-        problem: ValueError | None = None
-        vocabularies = self.vocabularies or {(): 0.0}
-        for gone in range(self._most() + 1):
-            for tokens, lost in vocabularies.items():
-                wide = (*self._layers(gone), *self._tokens(tokens))
-                try:
-                    plan = allocate(wide)
-                except ValueError as error:  # out of reach
-                    problem = error
-                    continue
-                found.append(Division(plan, wide, (self._missed(gone), lost)))
-                if found[-1].is_wide_alone:
-                    break  # a smaller vocabulary takes more than the budget asks for
-            if found and found[-1].is_wide_alone and tokens == next(iter(vocabularies)):
-                break  # and so do fewer layers
+        layers = [(tuple(self._layers(gone)), self._missed(gone)) for gone in range(self._most() + 1)]
+        tokens = [(tuple(self._tokens(kept)), lost) for kept, lost in self.vocabularies.items()]
+        channels = [((self._channels(kept),), lost) for kept, lost in self.channels.items()]
+        problems: list[ValueError] = []
+        found = self._tried(allocate, [layers, tokens or [WHOLE], channels or [WHOLE]], (), problems)
         if not found:
-            raise problem or ValueError("No division of the budget is possible.")
+            raise problems[-1] if problems else ValueError("No division of the budget is possible.")
         return found
+
+    def _tried(
+        self,
+        allocate: Allocate,
+        levels: Sequence[Sequence[Option]],
+        chosen: tuple[Option, ...],
+        problems: list[ValueError],
+    ) -> list[Division]:
+        """The divisions with what is chosen of the first kinds. Of each later kind ever more goes, until that alone
+        takes what the budget asks for.
+
+        Args:
+            problems: gets the errors of those that do not reach it.
+        """
+        if not levels:
+            wide = tuple(kept for option in chosen for kept in option[0])
+            try:
+                return [Division(allocate(wide), wide, tuple(lost for _, lost in chosen))]
+            except ValueError as error:  # out of reach
+                problems.append(error)
+                return []
+        found: list[Division] = []
+        for option in levels[0]:
+            here = self._tried(allocate, levels[1:], (*chosen, option), problems)
+            found += here
+            least = tuple(kept for part in (*chosen, option, *(level[0] for level in levels[1:])) for kept in part[0])
+            if here and here[0].wide == least and self._is_alone(here[0]):
+                break
+        return found
+
+    def _is_alone(self, division: Division) -> bool:
+        """Whether the budget is reached without units of sites, but for heads that follow the stream."""
+        following = follow_the_stream(self.anatomy, ["hidden"] if self.channels else [])
+        return all(kept.is_identity or kept.where in following for kept in division.plan.sites)
 
     def _missed(self, gone: int) -> float:
         """The loss without so many layers, before any repair."""
@@ -178,6 +201,10 @@ class Search:
             return []
         extent = self.anatomy.extent()
         return [Kept((), extent.axis.name, extent.of, tuple(kept))]
+
+    def _channels(self, kept: Sequence[int]) -> Kept:
+        extent = self.anatomy.extent(*HIDDEN)
+        return Kept(extent.where, extent.axis.name, extent.of, tuple(kept))
 
 
 def _thinned(found: Sequence[Any], most: int) -> list[Any]:

@@ -128,6 +128,22 @@ def test_the_teacher_is_the_model_before_the_cut(tmp_path):
     assert not any(p.requires_grad for p in run._teacher.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["ResNetForImageClassification", "MobileNetV2ForImageClassification"])
+def test_maps_of_pixels_are_compared(name, tmp_path):
+    run = trainer(
+        tmp_path, name, pruning={"keep": 0.72, "shapes": "per_layer", "align": 1},
+        distillation=DistillationConfig(hidden_weight=1.0),
+    )  # fmt: skip
+    run.train()
+    assert run.state.log_history
+
+
+def test_a_teacher_of_other_stages_is_refused():
+    student, teacher = (tiny("ResNetForImageClassification", hidden_sizes=sizes) for sizes in ([8, 12], [8, 16]))
+    with pytest.raises(ValueError, match=r"are \[8, 16\] wide, the student's \[8, 12\]"):
+        Teacher(student, teacher, DistillationConfig(hidden_weight=1.0))
+
+
 def test_a_teacher_by_name_and_in_another_precision(tmp_path):
     name = "BertForSequenceClassification"
     tiny(name, num_hidden_layers=4).save_pretrained(tmp_path / "teacher")

@@ -43,7 +43,7 @@ def cut_as_masked(model, plan, directory):
     dense = outputs(model, batch)
     with masked(model, anatomy, plan):
         wanted = outputs(model, batch)
-    prune(model, [batch], PruningConfig(repair="none"), plan=plan)
+    prune(model, [batch], PruningConfig(repair="none", batch_norm=False), plan=plan)
     got = outputs(model, batch)
     assert distance(got, wanted) <= 1e-4
     assert distance(got, dense) > 1e-3
@@ -66,7 +66,7 @@ def test_all_kept_is_nothing_changed(family):
     outputs(model, tiny_batch(model))  # where hidden states are asked for, transformers hooks itself in for good
     before = snapshot(model)
     plan = PruningPlan(family, tuple(keep(site) for site in describe(model).sites))
-    prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan)
+    prune(model, [tiny_batch(model)], PruningConfig(repair="none", batch_norm=False), plan=plan)
     assert set(changed(before, model)) <= {"config"}
 
 
@@ -94,6 +94,8 @@ def test_layers_masked_are_layers_cut(family, tmp_path):
     if model.config.model_type in REFUSED:
         pytest.skip("refused: the config names a layer by its number")
     stacks = [extent for extent in anatomy.extents if extent.path]
+    if not all(extent.axis.config for extent in stacks):
+        pytest.skip("layers must stay: no key of the config counts them")
     kept = {e.where[0]: [i for i in range(e.of) if i != max(e.axis.fixed, default=-1) + 1] for e in stacks}
     layers = [Kept(e.where, "layers", e.of, tuple(kept[e.where[0]])) for e in stacks]
     sites = [keep(site) for site in anatomy.sites if site.layer in kept[site.stack]]
@@ -141,7 +143,7 @@ def test_a_generated_file_opens_renamed_weights(family, tmp_path):
     """transformers renames the weights of some classes when it opens them, of custom code only where it is told to."""
     model = tiny_model(family)
     batch, plan = tiny_batch(model), cut_everywhere(describe(model))
-    prune(model, [batch], PruningConfig(repair="none"), plan=plan)
+    prune(model, [batch], PruningConfig(repair="none", batch_norm=False), plan=plan)
     save_pretrained(model, tmp_path / "m", [batch], remote_code=True)  # proves that it opens as it was
 
 

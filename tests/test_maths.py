@@ -202,14 +202,14 @@ def test_a_folded_matrix_reads_what_the_adapter_gives(has_offset, has_bias):
     generator = torch.Generator().manual_seed(0)
     weight, bias, adapter, offset, x = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((5, 4), (5, 1), (4, 4), (4, 1), (3, 4))
+        for shape in ((5, 4), (5, 1), (4, 3), (4, 1), (7, 3))
     )
     adapted = x @ adapter.T + (offset.T if has_offset else 0)
     expected = adapted @ weight.T + (bias.T if has_bias else 0)
     matrix = torch.cat([weight, bias], 1) if has_bias else weight
-    found = fold(matrix, torch.cat([adapter, offset], 1) if has_offset else adapter)
-    assert found.shape == matrix.shape
-    torch.testing.assert_close(x @ found[:, :4].T + (found[:, 4] if has_bias else 0), expected)
+    found = fold(matrix, torch.cat([adapter, offset], 1) if has_offset else adapter, has_offset)
+    assert found.shape == (5, 3 + has_bias)
+    torch.testing.assert_close(x @ found[:, :3].T + (found[:, 3] if has_bias else 0), expected)
 
 
 def test_refit_refuses_what_does_not_help():
@@ -475,7 +475,7 @@ def test_statistics_match_a_plain_forward(class_name):
     axes = {site.key: site.inner.name for site in sites}
     drawn = draw(model, batches, 16, 0)
     collected = 0
-    for site, found in statistics(model, sites, axes, drawn, CRITERIA["hessian"], 0):
+    for site, (found,) in statistics(model, sites, axes, drawn, CRITERIA["hessian"], 0):
         if not site.active:
             assert not found.gram.any()
             continue
@@ -498,7 +498,7 @@ def test_weight_squares_count_all_weights_of_a_unit(class_name):
     sites = describe(model).sites
     for granularity in ("inner", "outer"):
         axes = {site.key: getattr(site, granularity).name for site in sites}
-        for site, found in statistics(model, sites, axes, [], CRITERIA["magnitude"], 0):
+        for site, (found,) in statistics(model, sites, axes, [], CRITERIA["magnitude"], 0):
             alone = granularity == "inner" and site.share > 1  # then keys and values belong to no head
             layer, total = model.get_submodule(site.path), 0.0
             for part in (part for part in site.parts if part.role != "carries"):

@@ -54,20 +54,22 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "silence", "undo",
-        "weights", "outside", "tokens", "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects",
-        "reading", "sublayers", "derive", "prove", "lookup", "anatomy", "mask", "layerwise", "batches",
+        "weights", "outside", "patches", "maps", "tokens", "embeddings", "depth", "probe", "smaller", "feed",
+        "instance", "effects",
+        "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
+        "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
     "vocabulary": (
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "checks", "criteria", "statistics", "scoring", "judge", "depth"),
+    "score": ("losses", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth", "width"),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",
     ),
-    "repair": ("solve", "walk"),
+    "repair": ("solve", "experts", "width", "running", "walk"),
     "execute": (), "search": (),
     "oneshot": (),
     "train": (
@@ -313,7 +315,8 @@ def test_the_floors_are_those_that_the_suite_runs_on():
 
 FLAGS = {
     "keep": 0.4, "metric": "params", "scope": "model", "units": ["heads", "neurons"], "criterion": "hessian",
-    "shapes": "per_layer", "align": 16, "repair": "bias", "calibration_samples": 64, "calibration_seed": 3,
+    "shapes": "per_layer", "align": 16, "repair": "bias", "batch_norm": False,
+    "calibration_samples": 64, "calibration_seed": 3,
     "sequence_length": 77, "latency_batch_size": 4, "allocation": "ratio",
     "layer_criterion": "sleb", "min_count": 2, "max_tokens": 5000, "candidates": 2,
     "rounds": 3, "schedule": "linear", "recovery": 0.25, "rewind_to": "early",
@@ -393,4 +396,4 @@ def test_choices_are_what_the_code_knows():
     assert set(get_args(Schedule)) == set(SCHEDULES)
     assert set(get_args(LayerCriterion)) == {*BY_DISTANCE, "sleb", "random"}
     assert set(get_args(Repair)) == {"least_squares", "rescale", "bias", "none"}
-    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "layers", "tokens")
+    assert UNIT_CHOICES == ("heads", "kv_groups", "neurons", "channels", "experts", "layers", "tokens", "hidden")

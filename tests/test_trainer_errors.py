@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import changed, snapshot, tiny
+from tiny import changed, snapshot, tiny, tiny_model
 from training import arguments, config, rows, trainer
 from transformers import BertModel, Trainer, TrainingArguments
 
@@ -334,12 +335,16 @@ def test_a_callback_s_settings(given, message):
         PruningCallback(**{"pruning": config(), **given})
 
 
-@pytest.mark.parametrize("what", ["with adapters", "a plain module"])
+@pytest.mark.parametrize("what", ["with adapters", "a plain module", "experts"])
 def test_models_that_a_callback_cannot_cut(tmp_path, what):
-    model = {"with adapters": MODELS["with adapters"][0], "a plain module": Plain}[what]()
+    mixture = partial(tiny_model, "mixtral")
+    model = {"with adapters": MODELS["with adapters"][0], "a plain module": Plain, "experts": mixture}[what]()
     data = rows(tiny(NAME))
     args = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to="none", remove_unused_columns=False)
-    with pytest.raises((ValueError, TypeError), match=r"wrapper|adapter|takes a transformers PreTrainedModel"):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match=r"wrapper|adapter|takes a transformers PreTrainedModel|has experts. PruningTrainer",
+    ):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[PruningCallback(config())]).train()
 
 

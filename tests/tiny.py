@@ -186,6 +186,14 @@ CONFIGS |= {
     },
 }  # fmt: skip
 
+STAGED = {"hidden_sizes": [8, 12], "depths": [2, 2], "embedding_size": 8}
+CONFIGS |= {
+    "resnet": {**STAGED, "layer_type": "basic"},
+    "regnet": {**STAGED, "hidden_sizes": [12, 16], "groups_width": 4},
+    "convnext": {**STAGED, "num_stages": 2, "image_size": 16, "patch_size": 2, "layer_scale_init_value": 0.5},
+    "mobilenet_v2": {"image_size": 16, "depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4},
+}
+
 ALL_CLASSES: dict[str, tuple[str, ...]] = {
     "bert": (
         "BertForSequenceClassification", "BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM",
@@ -314,6 +322,15 @@ ALL_CLASSES |= {
     "data2vec-audio": ("Data2VecAudioForCTC",),
     "wavlm": ("WavLMForCTC",),
     "whisper": ("WhisperForConditionalGeneration",),
+    **{
+        family: (f"{name}ForImageClassification",)
+        for family, name in (
+            ("resnet", "ResNet"),
+            ("regnet", "RegNet"),
+            ("convnext", "ConvNext"),
+            ("mobilenet_v2", "MobileNetV2"),
+        )
+    },
     "llava": ("LlavaForConditionalGeneration",),
     "internvl": ("InternVLForConditionalGeneration",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
@@ -469,6 +486,9 @@ def cut_everywhere(anatomy: Any, uniform: bool = False) -> Any:
 
 def _cut_somewhere(site: Any, shift: int) -> Any:
     units, groups = site.sizes[site.inner.name], site.sizes[site.outer.name]
+    if site.routed:  # whole experts in the odd layers, narrower ones in the even ones
+        narrower = [unit for unit in range(units) if (unit % site.share) % 2 == (unit // site.share) % 2]
+        return keep(site, [0, *range(2, groups)], site.outer.name) if shift % 2 else keep(site, narrower)
     if not site.inner.mixes:
         return keep(site, [i for i in range(units) if i % 3 != 1][: units // 2 + 3 * shift])
     if groups == units:
@@ -520,7 +540,7 @@ def cut(model: Any, plan: Any) -> Any:
     """The same model, cut to a plan, without repair."""
     from hf_prune import PruningConfig, prune
 
-    return prune(model, [tiny_batch(model)], PruningConfig(repair="none"), plan=plan).model
+    return prune(model, [tiny_batch(model)], PruningConfig(repair="none", batch_norm=False), plan=plan).model
 
 
 def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
@@ -529,7 +549,9 @@ def cut_tiny(class_name: str, shapes: str, **changes: Any) -> Any:
 
     model = tiny(class_name, **changes)
     if shapes == "stock":
-        config = within_reach(model, PruningConfig(metric="params", criterion="magnitude", repair="none"))
+        config = within_reach(
+            model, PruningConfig(metric="params", criterion="magnitude", repair="none", batch_norm=False)
+        )
         return prune(model, [tiny_batch(model)], config).model
     return cut(model, cut_everywhere(describe(model), uniform=shapes == "uniform"))
 

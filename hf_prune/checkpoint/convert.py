@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from ..model import sites
 from ..model.families import family_for
-from . import layout
 from .layout import KEY, write_
 
 
@@ -31,7 +30,7 @@ def as_model_type(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
     values.pop("per_layer_config", None)
     for site in sites.find_sites(model, family):
-        for key, value in layout.site_values(site).items():
+        for key, value in site.values.items():
             if values.setdefault(f"_{key}", value) != value:
                 raise ValueError(f"model_type={model_type!r} needs the same sizes in every layer; {key} differs.")
             values[key] = value

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..model.axes import Family
-from ..model.configs import configs_of, holders, nested, raw, set_
+from ..model.configs import configs_of, holders, nested, put_in_, raw, set_
 from ..model.cut import cut_
 from ..model.families import family_for, registered
 from ..model.sites import Site, find_sites
@@ -72,11 +72,6 @@ def size_keys(family: Family) -> list[str]:
     return list(dict.fromkeys(key for axis in axes for key in (axis.config, *axis.also)))
 
 
-def site_values(site: Site) -> dict[str, int]:
-    """The config values that describe a site's sizes."""
-    return {key: site.sizes[axis.name] for axis in site.row.axes for key in (axis.config, *axis.also)}
-
-
 def dense_values(config: Any, family: Family) -> dict[str, Any]:
     """The size keys of the dense model: remembered from an earlier cut, else as they stand."""
     return entry_of(config).get("dense") or {key: raw(config, key) for key in size_keys(family)}
@@ -90,7 +85,7 @@ def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
         summary: more entries for the config's `hf_prune`.
     """
     sites = find_sites(model, family)
-    dense = _decided(model, family, dense_values(model.config, family))
+    dense = _decided(model, family, dense_values(model.config, family)) | _of_the_stream(sites)
     form, entry = _form(model.config, family, sites, dense)
     _write_sizes_(model, family, sites, dense, form)
     model.config.hf_prune = {"format": FORMAT, "shapes": form, "dense": dense, **entry, **summary}
@@ -105,7 +100,18 @@ def _decided(model: Any, family: Family, dense: dict[str, Any]) -> dict[str, Any
         return dense
     with torch.device("meta"):
         sites = find_sites(type(model)(copy.deepcopy(model.config)), family)
-    return dense | {key: value for site in sites for key, value in site_values(site).items() if key in unknown}
+    return dense | {key: value for site in sites for key, value in site.values.items() if key in unknown}
+
+
+def _of_the_stream(sites: list[Site]) -> dict[str, int]:
+    """The heads that a class builds by itself where it makes them as wide together as the stream is, which may have
+    become narrower: fewer than when dense then need no loader."""
+    return {
+        axis.config: site.sizes[axis.name]
+        for site in sites
+        for axis in site.row.axes
+        if axis.stock == "none" and axis.mixes and site.columns == site.hidden
+    }
 
 
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -113,8 +119,8 @@ def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, An
     if not (_is_uniform(sites) and _accepts(config, sites)):
         if tells_layers(config, family):
             return "per_layer", {}
-        return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": site_values(s) for s in sites}}
-    cut = {axis.stock for site in sites for axis in site.row.axes if site.sizes[axis.name] != dense[axis.config]}
+        return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": s.values for s in sites}}
+    cut = {axis.stock for site in sites for axis in site.row.axes if site.values[axis.config] != dense[axis.config]}
     return "uniform" if "none" in cut else "stock", {}
 
 
@@ -123,7 +129,7 @@ def _accepts(config: Any, sites: list[Site]) -> bool:
     told = copy.deepcopy(config)
     told.per_layer_config = None
     for site in sites:
-        for key, value in site_values(site).items():
+        for key, value in site.values.items():
             set_(told, key, value)
     try:
         for each in nested(told):
@@ -134,37 +140,49 @@ def _accepts(config: Any, sites: list[Site]) -> bool:
 
 
 def tells_layers(config: Any, family: Family) -> bool:
-    """Whether transformers' own `per_layer_config` can tell layers apart: in one stack, sized by the config itself."""
+    """Whether transformers' own `per_layer_config` can tell layers apart: in one stack whose layers the config counts,
+    sized by the config itself."""
+    if any(not stack.axis.config for stack in family.stacks):
+        return False
     return not config.is_encoder_decoder and not any("." in key for key in size_keys(family))
 
 
 def _is_uniform(sites: list[Site]) -> bool:
     seen: dict[str, int] = {}
-    return all(seen.setdefault(key, value) == value for site in sites for key, value in site_values(site).items())
+    return all(seen.setdefault(key, value) == value for site in sites for key, value in site.values.items())
 
 
 def _write_sizes_(model: Any, family: Family, sites: list[Site], dense: Mapping[str, Any], form: str) -> None:
     """Write the sizes into the model's config and all its copies, in a form."""
     values = dict(dense)
     for site in sites if form != "per_layer" else ():
-        values.update(site_values(site))
+        values.update(site.values)
     for site in sites:
         for axis in site.row.axes:
-            if axis.width_config and site.sizes[axis.name] != dense[axis.config]:
+            unlike = site.columns != site.hidden and raw(model.config, axis.width_config or "") is None
+            if axis.width_config and (unlike or site.sizes[axis.name] != dense[axis.config]):
                 values[axis.width_config] = site.widths[axis.name]
     for config in configs_of(model):
         config.per_layer_config = None
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)
     for key, value in values.items():
         for config, name in holders(model, key):
-            setattr(config, name, value)
+            put_in_(config, name, value)
+    _repeat_(model, family, values)
     if form == "per_layer" and tells_layers(model.config, family):
         layers: dict[int, dict[str, int]] = {}
         for site in sites:
-            layers.setdefault(site.layer, {}).update(site_values(site))
+            layers.setdefault(site.layer, {}).update(site.values)
         for config in configs_of(model):
             config.allow_global_per_layer_attribute_access = True
             config.per_layer_config = layers
+
+
+def _repeat_(model: Any, family: Family, values: Mapping[str, Any]) -> None:
+    """What the whole model says besides its config: a loss over experts asks how many there are."""
+    for axis in (axis for stack in family.stacks for row in stack.sublayers for axis in row.axes):
+        for name in (name for name in axis.repeated if hasattr(model, name)):
+            setattr(model, name, values[axis.config])
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -179,7 +197,7 @@ def planned_values(config: Any, site: Site) -> Mapping[str, int]:
     layers = entry_of(config).get("layers")
     view = config.per_layer_config[site.layer] if config.is_heterogeneous else config
     values = layers.get(f"{site.stack}.{site.layer}.{site.kind}", {}) if layers else None
-    found = {key: raw(view, key) if values is None else values.get(key) for key in site_values(site)}
+    found = {key: raw(view, key) if values is None else values.get(key) for key in site.values}
     for key, value in found.items():
         if value is None:
             raise ValueError(f"The config gives {site.name} no {key}. {RESTORE}")
@@ -270,6 +288,7 @@ def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
 def _shrink_(model: nn.Module, site: Site, values: Mapping[str, int]) -> None:
     """Cut a site to as many units as the config gives it: the first ones, whose weights are loaded next."""
     groups, units = (values[axis.config] for axis in (site.outer, site.inner))
+    units *= groups if site.inner.each else site.times
     if groups > site.sizes[site.outer.name] or units % groups or units // groups > site.share:
         told = ", ".join(f"{values[axis.config]} {axis.name} of {site.sizes[axis.name]}" for axis in site.row.axes)
         raise ValueError(f"The config gives {site.name} {told} when dense, which no cut leaves. {RESTORE}")

@@ -5,6 +5,7 @@ Every group of sites that must share a count offers options (count, loss, cost),
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from ..config import PruningConfig, Shapes
 from ..model.anatomy import Anatomy
+from ..model.axes import Axis
 from ..model.sites import Counts, Site
 from ..plan import Kept, PruningPlan, Where
 from .costs import CostModel, cost_model, planned_sizes
@@ -46,15 +48,16 @@ def allocate(
         across: how scores of different sites are made comparable, see `criteria.Criterion`.
         gates: gate gradients of each example [B, U] per site: the removed units are then chosen together.
         measured: the costs of metric "latency".
-        wide: the layers and tokens that stay, decided before; by default all.
+        wide: the layers, tokens and hidden channels that stay, decided before; by default all.
 
     Raises:
         ValueError: `keep` is below what the units and shapes can reach; the message gives the reachable minimum.
     """
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
-    dense, here = costs.total(anatomy.sizes), within(anatomy, wide)
+    dense = _costs_of(anatomy, config, measured).total(anatomy.sizes)
+    here = within(anatomy, wide)
+    costs = _costs_of(_narrowed(anatomy, wide), config, measured)
     if config.keep == 1 and not wide:  # all stays, also what scores nothing
-        return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, loss=0.0)
+        return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, dense, loss=0.0)
     comparable = _comparable(scores, across, {s.key: costs.units[s.key].site(s.sizes) for s in anatomy.sites})
     groups, rankings, tables = _offers(here, comparable, config, align, costs, gates or {})
     chosen = knapsack(tables, config.keep * dense - costs.wide(here.sizes))
@@ -67,12 +70,20 @@ def allocate(
     }
     kept = [_kept(site, rankings[site.key], counts[site.key]) for site in here.sites]
     loss = sum(float(table.loss[option]) for table, option in zip(tables, chosen, strict=True))
-    return _plan(anatomy, [*wide, *kept], config, costs, loss)
+    return _plan(anatomy, [*wide, *kept], config, costs, dense, loss)
+
+
+def _costs_of(anatomy: Anatomy, config: PruningConfig, measured: CostModel | None) -> CostModel:
+    return cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
+
+
+def _narrowed(anatomy: Anatomy, wide: Sequence[Kept]) -> Anatomy:
+    return anatomy.narrowed({kept.where: {kept.axis: len(kept.kept)} for kept in wide})
 
 
 def within(anatomy: Anatomy, wide: Sequence[Kept]) -> Anatomy:
-    """The anatomy of what these layers and tokens leave; sites keep the numbers of their layers."""
-    left = {kept.where: kept for kept in wide}
+    """The anatomy of what these layers, tokens and channels leave; sites keep the numbers of their layers."""
+    left, anatomy = {kept.where: kept for kept in wide}, _narrowed(anatomy, wide)
     sites = tuple(s for s in anatomy.sites if (s.stack,) not in left or s.layer in left[s.stack,].kept)
     extents = (replace(e, of=len(left[e.where].kept)) if e.where in left else e for e in anatomy.extents)
     layers = {w: p for w, p in anatomy.layer_params.items() if w[:1] not in left or w[1] in left[w[:1]].kept}
@@ -86,10 +97,12 @@ def warn_if_far_below(kept: float, config: PruningConfig) -> None:
     """
     if kept >= FAR_BELOW * config.keep or "tokens" in (config.units or ()):
         return
+    by_width = "hidden" in (config.units or ())
+    finer = "add neurons to the units" if by_width else "shapes='per_layer', a smaller align, or units=['neurons']"
     warnings.warn(
         f"{kept:.3g} of the {config.metric} ({config.scope}) remains, where keep={config.keep:.3g} was asked for: of "
         f"what units={config.units or 'None'} and shapes={config.shapes!r} allow, this loses the least score. Finer "
-        "steps: shapes='per_layer', a smaller align, or units=['neurons'].",
+        f"steps: {finer}.",
         stacklevel=3,
     )
 
@@ -102,18 +115,18 @@ def reachable(
     wide: Sequence[Kept] = (),
 ) -> float:
     """The least fraction of the cost that can remain with these units and shapes, and these layers and tokens."""
-    costs = cost_model(anatomy, config.metric, config.sequence_length, config.scope or "model", measured)
+    costs = _costs_of(_narrowed(anatomy, wide), config, measured)
     units = choose_units(anatomy, config)
     here = within(anatomy, wide)
     flat = {site.key: np.ones(site.sizes[unit_of(site, units)]) for site in here.sites}
     _, _, tables = _offers(here, flat, config, align, costs)
     least = costs.wide(here.sizes) + sum(table.cost.min() for table in tables)
-    return float(least / costs.total(anatomy.sizes))
+    return float(least / _costs_of(anatomy, config, measured).total(anatomy.sizes))
 
 
 def _comparable(scores: Scores, across: str, sizes: Mapping[Where, float]) -> dict[Where, np.ndarray]:
     """Scores of all sites on one scale; `sizes` are what the whole sites cost."""
-    values = {key: score.double().numpy() for key, score in scores.items()}
+    values = {key: score.double().numpy() for key, score in scores.items() if key in sizes}
     if across == "sum":
         values = {key: value / max(value.sum(), 1e-30) for key, value in values.items()}
     elif across == "standard":
@@ -151,23 +164,32 @@ def _offers(
 def _ranking(
     site: Site, scores: np.ndarray, units: Sequence[str], anatomy: Anatomy, shapes: str, align: int
 ) -> Ranking:
-    groups = site.sizes[site.outer.name]
+    unit = unit_of(site, units)
+    of, split = site.sizes[site.outer.name], unit == site.outer.name and site.split > 1
+    groups = site.split if split else of
     each = len(scores) // groups
-    groups_free = asked(site.outer, units) or (asked(site.inner, units) and each == 1)
-    allowed = range(1, groups + 1)
-    if site.outer.aligned:
-        allowed = [*range(align, groups, align), groups]  # type: ignore[assignment]
-    counts = [
-        (g, r)
-        for g in (allowed if groups_free else [groups])
-        for r in (range(1, each + 1) if asked(site.inner, units) else [each])
-    ]
-    if shapes == "stock" and site.inner.stock == "none":
-        counts = [(groups, each)]
+    free = [axis for axis in site.row.axes if asked(axis, units) and not (shapes == "stock" and axis.stock == "none")]
+    outer = _allowed(site.outer, each if split else of, align, site.routed) if site.outer in free else []
+    inner = _allowed(site.inner, each, align) if site.inner in free and each > 1 else [each]
+    if split:
+        counts = [(groups, r) for r in outer or [each]]
+    elif each == 1 and free:
+        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align, times=site.times)]
+    else:
+        counts = [(g, r) for g in outer or [groups] for r in inner]
+    of_each = site.sizes[site.inner.name] // len(scores)
+    if shapes == "stock" and site.inner.stock == "none" and site.inner.mixes:  # as the width of the stream says
+        said = [(g, each) for g in range(1, groups) if site.fits(site.counts(g, each * of_each), site.hidden)]
+        counts = said or counts
     if shapes == "stock" and site.inner.stock == "divisors":
-        of_each = site.sizes[site.inner.name] // len(scores)
         counts = [(g, r) for g, r in counts if site.hidden % (g * r * of_each) == 0] or [(groups, each)]
-    return Ranking(unit_of(site, units), scores.reshape(groups, each), tuple(counts))
+    return Ranking(unit, scores.reshape(groups, each), tuple(counts))
+
+
+def _allowed(axis: Axis, of: int, align: int, least: int = 1, times: int = 1) -> list[int]:
+    """The counts that an axis of so many units may take, where the config counts every `times`-th."""
+    step = math.lcm(align if axis.aligned else 1, axis.step) * times
+    return [count for count in (*range(step, of, step), of) if count >= least]
 
 
 def _coupled(anatomy: Anatomy) -> list[list[Site]]:
@@ -186,7 +208,11 @@ def _groups(anatomy: Anatomy, shapes: str, units: Sequence[str]) -> list[list[Si
         some = any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes)
         return _grouped(anatomy, lambda site: site.inner.config if some else site.key)
     if len({site.stack for site in anatomy.sites}) > 1:
-        return _coupled(anatomy)
+        crossing = {site.path for site in anatomy.sites if site.elsewhere}  # what they cost is a product
+        return _grouped(
+            anatomy,
+            lambda s: (s.stack, s.kind) if s.inner.tied else (s.stack, s.layer) if s.path in crossing else s.key,
+        )
     return _grouped(anatomy, lambda site: (site.stack, site.kind if site.inner.tied else site.layer, site.inner.config))
 
 
@@ -205,17 +231,23 @@ def _with_common_counts(groups: list[list[Site]], rankings: dict[Where, Ranking]
     found: dict[Where, Ranking] = {}
     for members in groups:
         offers = [
-            {tuple(_sizes(site, rankings[site.key], c).items()): c for c in rankings[site.key].counts}
+            {_said(site.said(_sizes(site, rankings[site.key], c)), site): c for c in rankings[site.key].counts}
             for site in members
         ]
-        common = [count for count in offers[0] if all(count in offer for offer in offers)]
+        most = max(range(len(members)), key=lambda i: len(members[i].values))  # experts say more than what is beside
+        every = [dict(said) for said in offers[most]]
+        common = [
+            values for values in every if all(_said(values, s) in o for s, o in zip(members, offers, strict=True))
+        ]
         if not common:
             raise ValueError(
                 f"{members[0].name} and the {len(members) - 1} sites that must match it differ already and share no "
                 "allowed count. Use shapes='per_layer', or a smaller align."
             )
         narrowed = {
-            id(rankings[site.key]): replace(rankings[site.key], counts=tuple(offer[count] for count in common))
+            id(rankings[site.key]): replace(
+                rankings[site.key], counts=tuple(offer[_said(values, site)] for values in common)
+            )
             for site, offer in zip(members, offers, strict=True)
         }
         found.update({site.key: narrowed[id(rankings[site.key])] for site in members})
@@ -227,7 +259,14 @@ def _table(members: Sequence[Site], rankings: Mapping[Where, Ranking], costs: Co
     distinct = {id(rankings[site.key]): rankings[site.key] for site in members}
     loss = sum(ranking.losses() for ranking in distinct.values())
     cost = sum(_costs(site, rankings[site.key], costs) for site in members)
-    return Table(np.asarray(loss), np.asarray(cost))
+    return Table(np.asarray(loss), np.asarray(cost - _spared(members, rankings, costs)))
+
+
+def _spared(members: Sequence[Site], rankings: Mapping[Where, Ranking], costs: CostModel) -> np.ndarray:
+    """What the members count twice, at each count that they share."""
+    options = range(len(rankings[members[0].key].counts))
+    chosen = [{s.key: _sizes(s, rankings[s.key], rankings[s.key].counts[i]) for s in members} for i in options]
+    return np.array([costs.spared(sizes) for sizes in chosen])
 
 
 def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:
@@ -235,8 +274,15 @@ def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:
 
 
 def _sizes(site: Site, ranking: Ranking, count: Count) -> Counts:
-    groups, each = count
-    return site.counts(groups, each * (site.sizes[site.inner.name] // ranking.scores.size))
+    units = math.prod(count)
+    if ranking.axis == site.outer.name:
+        return site.counts(units, site.share)
+    return site.counts(count[0], units // count[0])
+
+
+def _said(values: Mapping[str, int], site: Site) -> Where:
+    """Of config values those that size a site."""
+    return tuple((key, values[key]) for key in site.values)
 
 
 def _kept(site: Site, ranking: Ranking, count: Count) -> Kept:
@@ -249,20 +295,22 @@ def everything(site: Site, config: PruningConfig) -> Kept:
     return Kept(site.key, axis, site.sizes[axis], tuple(range(site.sizes[axis])))
 
 
-def _plan(anatomy: Anatomy, kept: Sequence[Kept], config: PruningConfig, costs: CostModel, loss: float) -> PruningPlan:
+def _plan(
+    anatomy: Anatomy, kept: Sequence[Kept], config: PruningConfig, costs: CostModel, dense: float, loss: float
+) -> PruningPlan:
     plan = PruningPlan(anatomy.model_type, tuple(kept), config=config.to_dict())
-    sizes, dense = planned_sizes(anatomy, plan), anatomy.sizes
+    sizes = planned_sizes(anatomy, plan)
     cost = {
         "metric": config.metric,
         "scope": config.scope,
         "sequence_length": anatomy.tokens(config.sequence_length),
-        "keep": costs.total(sizes) / costs.total(dense),
+        "keep": costs.total(sizes) / dense,
         "predicted_loss": loss,
-        "before": cost_report(anatomy, dense, config.sequence_length),
+        "before": cost_report(anatomy, anatomy.sizes, config.sequence_length),
         "after": cost_report(anatomy, sizes, config.sequence_length),
     }
     if config.metric == "latency":
-        cost |= {"dense_ms": costs.total(dense), "predicted_ms": costs.total(sizes)}
+        cost |= {"dense_ms": dense, "predicted_ms": costs.total(sizes)}
     return replace(plan, cost=cost)
 
 
@@ -275,8 +323,10 @@ def _unreachable(
     wide: Sequence[Kept],
 ) -> str:
     def least(shapes: Shapes) -> str:
-        units = config.units if shapes == config.shapes else None
-        return f"{reachable(anatomy, replace(config, shapes=shapes, units=units), align, measured, wide):.3f}"
+        same = shapes == config.shapes
+        others = replace(config, shapes=shapes, units=config.units if same else None)
+        stays = [kept for kept in wide if same or kept.axis != "hidden"]
+        return f"{reachable(anatomy, others, align, measured, stays):.3f}"
 
     other = [shapes for shapes in SHAPES if shapes != config.shapes and shapes in anatomy.family.shapes]
     others = ", ".join(f"shapes={shapes!r} {least(shapes)}" for shapes in other)

@@ -6,8 +6,9 @@ halving); look-ups, norms and softmax count 0; encoder-decoder: T tokens on both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..model.anatomy import Anatomy
@@ -37,6 +38,24 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A matrix between the units of two sites, which costs the product of what remains of them; the first site counts
+    it with all units of the second."""
+
+    first: Site
+    second: Site
+    cost: float
+
+    def spared(self, first: Counts, second: Counts) -> float:
+        """What the first site counts too much."""
+        left, right = (
+            counts[site.inner.name] / site.sizes[site.inner.name]
+            for site, counts in ((self.first, first), (self.second, second))
+        )
+        return self.cost * left * (1 - right)
+
+
+@dataclass(frozen=True)
 class CostModel:
     """The cost of every site, of the rest of every layer, of a token of the vocabulary, and of what always stays."""
 
@@ -45,9 +64,18 @@ class CostModel:
     units: Mapping[Where, SiteCost]
     layers: Mapping[Where, float] = field(default_factory=dict)  # (stack, layer) -> beside its sites
     token: float = 0.0
+    crossings: tuple[Crossing, ...] = ()
 
     def total(self, sizes: Sizes) -> float:
-        return self.wide(sizes) + sum(self.units[key].site(counts) for key, counts in sizes.items() if len(key) == 3)
+        sites = {key: counts for key, counts in sizes.items() if len(key) == 3}
+        return (
+            self.wide(sizes) + sum(self.units[key].site(counts) for key, counts in sites.items()) - self.spared(sites)
+        )
+
+    def spared(self, sites: Sizes) -> float:
+        """What these sites, each for itself, count too much."""
+        both = [c for c in self.crossings if c.first.key in sites and c.second.key in sites]
+        return sum(c.spared(sites[c.first.key], sites[c.second.key]) for c in both)
 
     def wide(self, sizes: Sizes) -> float:
         """The cost of all but the sites."""
@@ -73,14 +101,21 @@ def params(anatomy: Anatomy, sequence_length: int = 0, scope: str = "blocks") ->
     return _with_fixed(
         anatomy,
         anatomy.total_params if whole else anatomy.block_params,
-        CostModel("params", 0, _products(anatomy), token=anatomy.token_params if whole else 0),
+        CostModel(
+            "params",
+            0,
+            _products(anatomy),
+            token=anatomy.token_params if whole else 0,
+            crossings=crossings(anatomy),
+        ),
     )
 
 
 def file_bytes(anatomy: Anatomy, sequence_length: int = 0, scope: str = "model") -> CostModel:
     """Bytes of the saved weights in their dtype."""
     size = anatomy.total_bytes / anatomy.total_params
-    whole = CostModel("bytes", 0, _products(anatomy, size), token=size * anatomy.token_params)
+    token = size * anatomy.token_params
+    whole = CostModel("bytes", 0, _products(anatomy, size), token=token, crossings=crossings(anatomy, size))
     return _with_fixed(anatomy, anatomy.total_bytes, whole, size)
 
 
@@ -98,7 +133,8 @@ def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostMo
     head = anatomy.token_weights * tokens
     outside = anatomy.outside_macs_token * tokens + anatomy.outside_macs_example
     everything = anatomy.sizes.get((), {}).get("tokens", 0)
-    return CostModel("macs", outside - head * everything if whole else 0, units, layers, head if whole else 0)
+    fixed = outside - head * everything if whole else 0
+    return CostModel("macs", fixed, units, layers, head if whole else 0, crossings(anatomy, matrices=True))
 
 
 COSTS: Mapping[str, Callable[[Anatomy, int, str], CostModel]] = {"macs": macs, "params": params, "bytes": file_bytes}
@@ -117,6 +153,7 @@ def cost_model(
 
 def report(anatomy: Anatomy, sizes: Sizes, sequence_length: int) -> dict[str, float]:
     """MACs and parameters in both scopes."""
+    anatomy = anatomy.narrowed(sizes)
     return {
         f"{metric}_{scope}": cost_model(anatomy, metric, sequence_length, scope).total(sizes)
         for metric in ("macs", "params")
@@ -128,10 +165,21 @@ def _products(anatomy: Anatomy, factor: float = 1.0) -> dict[Where, SiteCost]:
     return {site.key: Product(site, factor, matrices=False) for site in anatomy.sites}
 
 
+def crossings(anatomy: Anatomy, factor: float = 1.0, matrices: bool = False) -> tuple[Crossing, ...]:
+    """The matrices between two sites of a layer, which both are sized by."""
+    found = []
+    for second in (site for site in anatomy.sites if site.elsewhere):
+        for first in (site for site in anatomy.sites if site.path == second.path and site.key != second.key):
+            for tensor in second.elsewhere & first.shapes.keys():
+                times = first.applied.get(tensor, 1) if matrices else factor
+                found.append(Crossing(first, second, math.prod(first.shapes[tensor]) * times))
+    return tuple(found)
+
+
 def _with_fixed(anatomy: Anatomy, total: float, costs: CostModel, factor: float = 1.0) -> CostModel:
     """Costs whose layers and fixed part make up what is known in all."""
     layers = {key: factor * params for key, params in anatomy.layer_params.items()}
     for site in anatomy.sites:
         layers[site.key[:2]] -= costs.units[site.key].site(site.sizes)
-    partial = CostModel(costs.metric, 0, costs.units, layers, costs.token)
-    return CostModel(costs.metric, total - partial.total(anatomy.sizes), costs.units, layers, costs.token)
+    partial = replace(costs, layers=layers)
+    return replace(partial, fixed=total - partial.total(anatomy.sizes))

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from ..config import PruningConfig
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis
-from ..model.sites import Site
+from ..model.families import FAMILIES
+from ..model.sites import Counts, Site, Where
+from ..model.wide import HIDDEN
+
+WIDTHS = 16  # of a stream to choose from, where they need not be so round
 
 
 def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
     """The units of a configuration, defaults filled in.
 
     By default neurons, and attention in the largest units that leave a choice: KV groups where query heads share
-    several, the heads themselves where each has its own or all share one.
+    several, the heads themselves where each has its own or all share one. Experts go whole where weights count, and get
+    narrower where multiply-adds or time do, as a token goes through the same number of them.
 
     Raises:
         ValueError: units that the stock class cannot express were asked for with stock shapes; units or shapes that
@@ -27,15 +32,20 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
     silent = {word for axis in mute for word in (axis.name, axis.alias)} - said if config.shapes == "stock" else set()
     if config.units is None:
         grouped = {site.inner.name for site in anatomy.sites if site.share > 1 and site.sizes[site.outer.name] > 1}
-        first = [site.outer if site.inner.name in grouped else site.inner for site in anatomy.sites]
+        whole = config.metric in ("params", "bytes")
+        first = [
+            site.outer if (whole if site.routed else site.inner.name in grouped) else site.inner
+            for site in anatomy.sites
+        ]
         first.sort(key=lambda axis: not axis.aligned)
         return list(dict.fromkeys(axis.name for axis in first if axis.name not in silent))
-    if silent.intersection(config.units):
+    if silent.intersection(config.units) and "hidden" not in config.units:  # with which heads go
         allowed = dict.fromkeys(a.name for s in anatomy.sites for a in s.row.axes if a.name not in silent)
         raise ValueError(
             f"units={config.units} with shapes='stock': a stock {anatomy.model_type} config cannot say another number "
             f"of {', '.join(sorted({axis.name for axis in mute} & silent))}. Allowed in stock shapes: "
-            f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads."
+            f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads"
+            f"{', or add hidden, with which they go.' if anatomy.family.hidden else '.'}"
         )
     return list(config.units)
 
@@ -47,12 +57,21 @@ def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:
             f"shapes={config.shapes!r}: the row of this {anatomy.model_type} was derived from its config, and says "
             f"{', '.join(family.shapes)} shapes only. Others need a hand-written row (see register_family)."
         )
+    if "hidden" in (config.units or ()) and not any(extent.where == HIDDEN for extent in anatomy.extents):
+        why = refused.get("hidden", "its row does not say that it can")
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.hidden))
+        raise ValueError(
+            f"units={config.units}: the stream of this {anatomy.model_type} cannot become narrower: {why}. That of "
+            f"{known} can. Remove other units: neurons, layers."
+        )
     here = {word for site in anatomy.sites for axis in site.row.axes for word in (axis.name, axis.alias)}
     refused |= {"kv_groups": refused["heads"]} if "heads" in refused else {}
-    missing = [unit for unit in config.units or () if unit in refused and unit not in here | {"layers", "tokens"}]
+    missing = [unit for unit in config.units or () if unit not in here | {"layers", "tokens", "hidden"}]
     if missing:
+        why = refused.get(missing[0], "its row has none")
         raise ValueError(
-            f"units={config.units}: no {missing[0]} of this {anatomy.model_type} can go: {refused[missing[0]]}."
+            f"units={config.units}: no {missing[0]} of this {anatomy.model_type} can go: {why}. Here are "
+            f"{', '.join((*dict.fromkeys(axis.name for s in anatomy.sites for axis in s.row.axes), 'layers, tokens'))}."
         )
 
 
@@ -64,6 +83,39 @@ def unit_of(site: Site, units: Sequence[str]) -> str:
     """The axis by whose units a site is scored and planned."""
     by_outer = asked(site.outer, units) and not asked(site.inner, units)
     return site.outer.name if by_outer else site.inner.name
+
+
+def widths(anatomy: Anatomy, units: Sequence[str], align: int | None) -> list[int]:
+    """The numbers of hidden channels that a stock class can say beside some number of its heads, widest first.
+
+    They are multiples of `align`; by default of 32, halved while that leaves fewer than `WIDTHS`.
+    """
+    extent = anatomy.extent(*HIDDEN)
+    said = [w for w in range(1, extent.of) if w not in extent.never and _beside(anatomy, units, w)]
+    step = align or 32
+    while align is None and step > 1 and sum(w % step == 0 for w in said) < WIDTHS:
+        step //= 2
+    return [extent.of, *(w for w in reversed(said) if w % step == 0)]
+
+
+def follow_the_stream(anatomy: Anatomy, units: Sequence[str]) -> set[Where]:
+    """The sites whose heads a stock class makes as wide together as the stream, where that may become narrower."""
+    return {s.key for s in anatomy.sites if "hidden" in units and s.inner.mixes and s.inner.stock == "none"}
+
+
+def _beside(anatomy: Anatomy, units: Sequence[str], width: int) -> bool:
+    """Whether every site has a number of heads for a stream of this width."""
+    free = [
+        s for s in anatomy.sites if s.inner.stock == "divisors" and (asked(s.inner, units) or asked(s.outer, units))
+    ]
+    following = [site for site in anatomy.sites if site.inner.mixes and site not in free]
+    return all(any(site.fits(counts, width) for counts in _heads(site)) for site in following)
+
+
+def _heads(site: Site) -> list[Counts]:
+    """The numbers of heads that a stream may leave of a site: all, or those that must follow it."""
+    least = 1 if site.inner.stock == "none" else site.sizes[site.outer.name]
+    return [site.counts(groups, site.share) for groups in range(least, site.sizes[site.outer.name] + 1)]
 
 
 def default_align(anatomy: Anatomy, device: str) -> int:

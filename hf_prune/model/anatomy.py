@@ -5,15 +5,19 @@ Shapes: T tokens, D hidden width, L layers, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .axes import Family, Part
 from .lookup import family_of
+from .maps import matrices_of, positions
 from .outside import image_tokens, other_elements, outside_macs, tower_tokens
-from .sites import Extent, Site, Where, find_sites, find_stacks, tensor_of
+from .sites import Extent, Site, Where, find_sites, find_stacks, module_of, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
+from .wide import Share, find_hidden, shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +43,7 @@ class Anatomy:
     outside_macs_example: float  # and per example
     image_tokens: int | None  # tokens of one image, None for text
     tower_tokens: dict[str, int]  # of one image in a tower beside others, by stack
+    shares: tuple[Share, ...] = ()  # of the tensors that axes of the whole model run along
 
     @property
     def sizes(self) -> dict[Where, dict[str, int]]:
@@ -62,6 +67,15 @@ class Anatomy:
     def extent(self, *where: Any) -> Extent:
         return next(extent for extent in self.extents if extent.where == where)
 
+    def narrowed(self, sizes: Mapping[Where, Mapping[str, int]]) -> Anatomy:
+        """The anatomy with so many units of the axes that run through the whole model, those of `sizes`."""
+        left = {
+            e.where: sizes[e.where][e.axis.name] / e.of
+            for e in self.extents
+            if e.is_wide and sizes.get(e.where, {}).get(e.axis.name, e.of) != e.of
+        }
+        return self if not left else _narrowed(self, left)
+
 
 def describe(model: PreTrainedModel) -> Anatomy:
     """The anatomy of a live model, which may be on the meta device.
@@ -79,25 +93,85 @@ def describe(model: PreTrainedModel) -> Anatomy:
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
     in_sites = {f"{site.path}.{part.tensor}" for site in sites for part in site.parts}
     vocabulary, tokens = token_parts(model, [*paths.values()]), image_tokens(model)
-    per_token, per_example = outside_macs(model, [*paths.values()], tokens)
+    applied = positions(model) if family.maps else {}
+    if applied:
+        sites, tokens = [_applied(site, applied) for site in sites], 1  # what costs is counted for each image
+        weighed = {name: size * applied.get(name, 0) for name, size in matrices_of(model).items()}
+        inside = {where: _under(path, weighed, in_sites) for where, path in paths.items()}
+        per_token, per_example = 0.0, float(sum(s for n, s in weighed.items() if not n.startswith(_roots(paths))))
+    else:
+        inside = {where: other_elements(model, path, in_sites) for where, path in paths.items()}
+        per_token, per_example = outside_macs(model, [*paths.values()], tokens)
+    hidden, reason = find_hidden(model, family, sites)
+    if reason:
+        family = replace(family, refused=(*family.refused, ("hidden", reason)))
     return Anatomy(
         model_type=family.model_type,
         family=family,
         sites=tuple(sites),
-        extents=(*extents, *_vocabulary(model, family, vocabulary)),
+        extents=(*extents, *_vocabulary(model, family, vocabulary), *hidden),
         hidden_size=sites[0].hidden if sites else getattr(model.config.get_text_config(), "hidden_size", 0),
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
         layer_params={key: sum(p.numel() for p in layer.parameters()) for key, layer in layers.items()},
-        layer_weights={where: other_elements(model, path, in_sites) for where, path in paths.items()},
+        layer_weights=inside,
         token_params=params_a_token(model, vocabulary),
         token_weights=sum(tensor_of(model, part.tensor).shape[1] for part in vocabulary if part.role == "makes"),
         outside_macs_token=per_token,
         outside_macs_example=per_example,
         image_tokens=tokens,
         tower_tokens=tower_tokens(model, [e.where[0] for e in extents]),
+        shares=shares(model, hidden, vocabulary, paths, in_sites, tokens),
     )
+
+
+def _applied(site: Site, positions: Mapping[str, int]) -> Site:
+    """The site with how often its matrices are applied to an image."""
+    found = {tensor: positions.get(module_of(f"{site.path}.{tensor}"), 1) for tensor in site.shapes}
+    return replace(site, applied=found)
+
+
+def _under(path: str, weighed: Mapping[str, int], but: set[str]) -> int:
+    return sum(n for name, n in weighed.items() if name.startswith(f"{path}.") and f"{name}.weight" not in but)
+
+
+def _roots(paths: Mapping[Where, str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in paths.values())
+
+
+def _narrowed(anatomy: Anatomy, left: Mapping[Where, float]) -> Anatomy:
+    """The anatomy when this share of the units of each wide axis remains."""
+    values: dict[str, Any] = {name: dict(getattr(anatomy, name)) for name in ("layer_params", "layer_weights")}
+    factors = [math.prod(left.get(where, 1.0) for where in share.along) for share in anatomy.shares]
+    for share, factor in zip(anatomy.shares, factors, strict=True):
+        for name, value in share.numbers.items():
+            values[name] = values.get(name, getattr(anatomy, name)) - value * (1 - factor)
+        for name, value in share.of_layer.items():
+            values[name][share.layer] -= value * (1 - factor)
+    narrow = [extent for extent in anatomy.extents if extent.where in left]
+    values["sites"] = sites = tuple(_narrow_site(site, narrow, left) for site in anatomy.sites)
+    values["extents"] = tuple(replace(e, of=round(e.of * left.get(e.where, 1.0))) for e in anatomy.extents)
+    values["shares"] = tuple(share.scaled(f) for share, f in zip(anatomy.shares, factors, strict=True))
+    values["hidden_size"] = sites[0].hidden if sites else anatomy.hidden_size
+    return replace(anatomy, **{name: _counted(value) for name, value in values.items()})
+
+
+def _counted(value: Any) -> Any:
+    """Numbers of elements, which shares of them make up but for rounding."""
+    if isinstance(value, dict):
+        return {key: _counted(each) for key, each in value.items()}
+    return round(value) if isinstance(value, float) else value
+
+
+def _narrow_site(site: Site, narrow: Sequence[Extent], left: Mapping[Where, float]) -> Site:
+    shapes = {tensor: [*shape] for tensor, shape in site.shapes.items()}
+    for extent in narrow:
+        for part in extent.parts:
+            inside = part.tensor.removeprefix(f"{site.path}.")
+            if inside != part.tensor and inside in shapes:
+                shapes[inside][part.dim] = round(shapes[inside][part.dim] * left[extent.where])
+    return replace(site, shapes={tensor: tuple(shape) for tensor, shape in shapes.items()})
 
 
 def _vocabulary(model: Any, family: Family, parts: tuple[Part, ...]) -> list[Extent]:

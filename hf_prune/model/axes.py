@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["makes", "reads", "carries"]
+Role = Literal["makes", "reads", "carries", "routes"]
 Stock = Literal["any", "divisors", "none"]
 NormPlace = Literal["", "after", "inside"]  # behind the residual sum (post-LN) · between projection and sum
 
@@ -19,12 +19,13 @@ NormPlace = Literal["", "after", "inside"]  # behind the residual sum (post-LN) 
 class Axis:
     """What one index means: one unit, removed whole."""
 
-    name: str  # the word for it in `PruningConfig.units` and in plans: heads, kv_groups, neurons, layers, tokens
+    name: str  # the word for it in `PruningConfig.units` and in plans: heads, neurons, layers, tokens, hidden
     config: str  # key that sizes it; with dots through sub-configs: text_config.intermediate_size
     stock: Stock = (
         "any"  # sizes that the stock config can say: any, only divisors of the hidden size, or none but dense
     )
-    width: str = ""  # attribute of the layer that gives the entries of a unit in a tensor; "": one
+    width: str = ""  # attribute of the layer that gives the entries of a unit in a tensor, or the weight of a grouped
+    # convolution, whose second dimension they are; "": one
     width_config: str = ""  # key that must give that width once units are gone
     alias: str = ""  # word that means these units where there is no axis of that name
     tied: bool = False  # all sites of a kind in a stack keep the same indices
@@ -32,6 +33,12 @@ class Axis:
     mixes: bool = False  # a unit compares tokens with tokens: 2·T·width multiply-adds a token beside its matrices
     fixed: tuple[int, ...] = ()  # units that always stay
     also: tuple[str, ...] = ()  # keys that must say the same number, though they size nothing
+    each: bool = False  # the key counts the units in each unit of the outer axis
+    times: str = ""  # key of how often there are as many units as the axis's own key says: shared experts in one
+    step: int = 1  # counts are multiples of it, whatever `PruningConfig.align` says
+    routed: str = ""  # key of how many units a token goes through: as many must stay, and they alone cost multiply-adds
+    split: str = ""  # key of how many groups the units lie in, one after the other, each of as many units
+    repeated: tuple[str, ...] = ()  # attributes of the whole model that say the key's number
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,18 @@ class Part:
     tensor: str  # parameter or buffer
     dim: int
     axes: tuple[str, ...]
-    role: Role = "makes"  # makes units · reads them (their columns are gated and refitted) · carries values of them
+    role: Role = "makes"  # makes units · reads them (their columns are gated and refitted) · carries values of them ·
+    # routes: tokens choose among units by what it gives
     times: int = 1  # entries of a unit, in widths of its axis
     single: bool = False  # one entry a unit, whatever the width of its axis: a bias of each head
     width: str = ""  # attributes, joined by +, that give a unit's entries here where they are not its axis's width
     source: str = ""  # stack whose output a matrix reads that does not read its own: keys of cross-attention
     optional: bool = False  # not there in every model of the family
+    within: str = ""  # axis along dimension 0 of the tensor, each of whose units holds its own of these
+
+    def along(self, axis: str, counts: Mapping[str, int]) -> int:
+        """Units of one of the axes along the dimension, where there are so many."""
+        return counts[axis] // max(counts[self.within], 1) if self.within else counts[axis]
 
     def entries(self, axis: str, widths: Mapping[str, int]) -> int:
         """Of a unit of one of the axes, where these are their widths."""
@@ -109,10 +122,12 @@ class Family:
     tokens: Axis | None = Axis(
         "tokens", "vocab_size"
     )  # of the embeddings, which transformers names (`get_input_embeddings`)
+    hidden: Axis | None = None  # channels of the stream that all layers read and add to; where they lie is found
     as_model_type: str = ""  # same weights, any head count: the explicit door where `stock` says divisors
     post_norm_unless: str = ""  # config key; the norms stand behind the sum where it is false
     norm_offset: float = 0.0  # norms compute x * (norm_offset + weight)
     shapes: tuple[str, ...] = ("stock", "uniform", "per_layer")  # in which it can be cut
+    maps: bool = False  # layers work on maps of pixels: how often a matrix is applied is counted for each, see `maps`
     refused: tuple[tuple[str, str], ...] = ()  # units that cannot go, and why
 
 

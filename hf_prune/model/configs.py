@@ -1,5 +1,5 @@
 """A model's configs: its own, those inside it, and the copies that its modules hold. Keys are dotted paths through
-sub-configs: text_config.intermediate_size."""
+sub-configs, and into lists: text_config.intermediate_size, hidden_sizes.2."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ BOUNDS = {  # keys of the number of the first layer of another sort, or (1) of t
 
 
 def holder(config: Any, key: str) -> tuple[Any, str]:
-    """The config that holds a key, and what it calls it."""
+    """The config that holds a key, and what it calls it (an entry of a list by its number: hidden_sizes.2)."""
     *inside, name = key.split(".")
+    if name.isdigit():
+        name = f"{inside.pop()}.{name}"
     for each in inside:
         config = getattr(config, each)
     return config, name
@@ -29,12 +31,23 @@ def raw(config: Any, key: str) -> Any:
     """A global value, also where layers override it; None where there is none."""
     with contextlib.suppress(AttributeError):
         config, name = holder(config, key)
-        return config._getattr_without_heterogeneous_validation(name, None)
+        name, _, index = name.partition(".")
+        found = config._getattr_without_heterogeneous_validation(name, None)
+        return found[int(index)] if index and found is not None else found
     return None
 
 
 def set_(config: Any, key: str, value: Any) -> None:
-    config, name = holder(config, key)
+    put_in_(*holder(config, key), value)
+
+
+def put_in_(config: Any, name: str, value: Any) -> None:
+    """Set what a config calls so, see `holder`."""
+    name, _, index = name.partition(".")
+    if index:
+        values = list(getattr(config, name))
+        values[int(index)] = value
+        value = values
     setattr(config, name, value)
 
 

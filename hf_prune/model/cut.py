@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .axes import Part
-from .sites import Counts, Site, module_of, tensor_of
+from .configs import holders, put_in_
+from .sites import Counts, Extent, Site, module_of, tensor_of
 
 SIZES = {  # attributes of modules that repeat a dimension of their weight
     "Linear": {"out_features": 0, "in_features": 1},
@@ -28,7 +29,7 @@ SIZES = {  # attributes of modules that repeat a dimension of their weight
 def cut_(layer: nn.Module, site: Site, axis: str, kept: Sequence[int]) -> None:
     """Remove all but the `kept` units of one axis of a site from its layer, in place."""
     left = site.expand(axis, kept)
-    for part in site.parts:
+    for part in sorted(site.parts, key=lambda part: bool(part.within)):  # first what holds others
         if any(axis in left for axis in part.axes):
             slice_(layer, part.tensor, index_of(part, left, site.sizes, site.widths), part.dim)
     for count in site.row.counts:
@@ -49,19 +50,23 @@ def _set_count_(
 
 
 def index_of(part: Part, kept: Mapping[str, Sequence[int]], sizes: Counts, widths: Counts) -> torch.Tensor:
-    """The entries along a part's dimension that remain when these units of its axes do."""
+    """The entries along a part's dimension that remain when these units of its axes do, [S]; of a part within another
+    axis those of each of its units that remain, [G, S]."""
     start, found = 0, []
     for axis in part.axes:
-        width = part.entries(axis, widths)
-        units = kept[axis] if axis in kept else range(sizes[axis])
+        width, along = part.entries(axis, widths), part.along(axis, sizes)
+        units = torch.tensor(list(kept[axis] if axis in kept else range(sizes[axis])), dtype=torch.long)
+        if part.within:
+            units = units.view(len(kept[part.within]), -1) % along
         found.append(start + columns_of(units, width))
-        start += sizes[axis] * width
-    return torch.cat(found)
+        start += along * width
+    return torch.cat(found, -1)
 
 
-def columns_of(units: Sequence[int], width: int) -> torch.Tensor:
-    """Indices [S*w] of consecutive blocks of `width`."""
-    return (torch.tensor(list(units), dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+def columns_of(units: Any, width: int) -> torch.Tensor:
+    """Indices [..., S*w] of consecutive blocks of `width`; units: [..., S], a sequence or a tensor."""
+    numbers = torch.as_tensor(units if isinstance(units, torch.Tensor) else list(units), dtype=torch.long)
+    return (numbers[..., None] * width + torch.arange(width)).flatten(-2)
 
 
 def kept_columns(site: Site, axis: str, kept: Sequence[int]) -> torch.Tensor:
@@ -80,14 +85,71 @@ def cut_arguments(arguments: Mapping[str, Any], site: Site, axis: str, kept: Seq
     return given
 
 
+def cut_wide_(model: nn.Module, extent: Extent, kept: Sequence[int]) -> None:
+    """Remove all but the `kept` units of an axis of the whole model, in place; modules and configs then say the new
+    number."""
+    cut_along_(model, extent, kept)
+    for path in extent.attributes:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, len(kept))
+    for key in (extent.axis.config, *extent.axis.also):
+        for config, name in holders(model, key):
+            put_in_(config, name, len(kept))
+
+
+def cut_along_(model: nn.Module, extent: Extent, kept: Sequence[int]) -> None:
+    """Keep these units [S] in every tensor that an axis runs along, in place; tied tensors stay tied."""
+    axis, done = extent.axis.name, dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]()
+    for part in extent.parts:
+        old, module = tensor_of(model, part.tensor), model.get_submodule(module_of(part.tensor))
+        if (id(old), part.dim) in done:
+            setattr(module, part.tensor.rpartition(".")[2], done[id(old), part.dim][1])
+            say_sizes_(module)
+        else:
+            slice_(model, part.tensor, index_of(part, {axis: kept}, {axis: extent.of}, {axis: 1}), part.dim)
+            done[id(old), part.dim] = old, tensor_of(model, part.tensor)  # the old one too: a freed id comes again
+
+
 @torch.no_grad()
 def slice_(root: nn.Module, path: str, index: torch.Tensor, dim: int) -> None:
-    """Keep `index` of a parameter or buffer along a dimension, in place; its module then says the new size."""
+    """Keep `index` of a parameter or buffer along a dimension, in place; its module then says the new size. index: [S],
+    or [G, S] where each of the G entries of dimension 0 keeps its own."""
     module: Any = root.get_submodule(module_of(path))
     old = tensor_of(root, path)
-    put_(module, path.rpartition(".")[2], old.index_select(dim, index.to(old.device)))
-    for name, axis in SIZES.get(type(module).__name__, {}).items() if path.endswith("weight") else ():
-        setattr(module, name, module.weight.shape[axis])
+    put_(module, path.rpartition(".")[2], taken(old, index.to(old.device), dim))
+    say_sizes_(module)
+
+
+def say_sizes_(module: Any) -> None:
+    """Make the attributes of a module say the sizes of its weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return
+    groups = getattr(module, "groups", 1)
+    if groups > 1:  # of a convolution, which go whole; of a depthwise one each is a channel
+        module.groups = groups * weight.shape[0] // module.out_channels
+    known = (SIZES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in SIZES)
+    for name, axis in next(known, {}).items():
+        setattr(module, name, weight.shape[axis] * (module.groups if name == "in_channels" else 1))
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = tuple(weight.shape)
+
+
+def taken(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """What `slice_` keeps of a tensor."""
+    if index.dim() == 1:
+        return tensor.index_select(dim, index)
+    shape = [*tensor.shape[:dim], index.shape[1], *tensor.shape[dim + 1 :]]
+    return tensor.gather(dim, aligned(index, tensor.dim(), dim).expand(shape))
+
+
+def aligned(values: torch.Tensor, dims: int, dim: int) -> torch.Tensor:
+    """Values along a dimension [n], or along dimension 0 and another one [G, n], of a tensor of `dims` dimensions."""
+    shape = [1] * dims
+    shape[dim] = values.shape[-1]
+    if values.dim() == 2:
+        shape[0] = values.shape[0]
+    return values.view(shape)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ What can be said in several ways comes as candidates, of which `prove` finds the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from .axes import Axis, Stack, Sublayer
 from .effects import Effect
+from .mixtures import alternatives, mixtures, without
 from .reading import Entry, Layers, Reading, Unknown, is_under
 from .sublayers import HEADS, SIZE, Group, rows_of
 
@@ -102,12 +104,36 @@ def _name(path: str, key: str, model: Any) -> str:
 def candidates(reading: Reading, stacks: Sequence[Stack]) -> Iterator[Candidate]:
     """All that keys size inside of layers, key by key. What cannot be said is refused in the reading."""
     local = {e.key: found for e in reading.effects if (found := _in_layers(e, reading, stacks))}
-    for keys in _together(local):
+    of_experts = mixtures(reading, stacks, local)
+    rest = without(of_experts, local)
+    for mixture in of_experts:
+        try:
+            keys, ways = alternatives(reading, stacks, local, mixture)
+            yield Candidate("experts", keys, [*_with_others(reading, stacks, keys[1], rest, ways), *ways])
+            rest.pop(keys[1], None)
+        except Unknown as reason:
+            reading.refuse("experts", f"{mixture.key}: {reason}")
+    for keys in _together(rest):
         word = "heads" if any(HEADS.search(key) for key in keys) else "neurons"
         try:
-            yield Candidate(word, keys, _alternatives(reading, stacks, keys, local))
+            yield Candidate(word, keys, _alternatives(reading, stacks, keys, rest))
         except Unknown as reason:
             reading.refuse(word, f"{' and '.join(keys)}: {reason}")
+
+
+def _with_others(
+    reading: Reading, stacks: Sequence[Stack], key: str, rest: Mapping[str, Places], ways: Sequence[tuple[Stack, ...]]
+) -> Iterator[tuple[Stack, ...]]:
+    """Experts with what else the key of their width sizes: a shared expert, or dense layers."""
+    with contextlib.suppress(Unknown):
+        for dense in _alternatives(reading, stacks, (key,), rest) if key in rest else ():
+            others = {stack.name: stack.sublayers for stack in dense}
+            for way in ways:
+                names = {stack.name for stack in way}
+                yield (
+                    *(replace(s, sublayers=(*others.get(s.name, ()), *s.sublayers)) for s in way),
+                    *(stack for stack in dense if stack.name not in names),
+                )
 
 
 def _in_layers(effect: Effect, reading: Reading, stacks: Sequence[Stack]) -> Places:

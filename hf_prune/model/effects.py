@@ -91,11 +91,12 @@ def effect(build: Build, config: Any, base: Snapshot, key: str, values: Sequence
         except Exception as error:  # whatever a class says of a config that it does not take
             reason = reason or f"{key}={new}: {type(error).__name__}: {error}".replace("\n", " ")[:160]
             continue
-        return _difference(key, old if isinstance(old, int) else 0, new, base, found)
+        return compared(key, old if isinstance(old, int) else 0, new, base, found)
     return reason or None
 
 
-def _difference(key: str, old: int, new: int, base: Snapshot, other: Snapshot) -> Effect | None:
+def compared(key: str, old: int, new: int, base: Snapshot, other: Snapshot) -> Effect | None:
+    """What differs between a model and the one with another value of a key; None: nothing."""
     both = base.shapes.keys() & other.shapes.keys()
     shapes = {
         (name, dim): (before, after)

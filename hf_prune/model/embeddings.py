@@ -8,29 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from .cut import slice_
-from .sites import Extent, module_of, tensor_of
+from .cut import cut_along_
+from .sites import Extent, module_of
 
 
 def cut_tokens_(model: Any, extent: Extent, kept: Sequence[int]) -> None:
     """Keep these rows [S] of the embeddings, of the head and of its bias, in place; tied tensors stay tied."""
-    index, ids = torch.tensor(list(kept)), {old: new for new, old in enumerate(kept)}
-    new: dict[int, torch.Tensor] = {}
+    ids = {old: new for new, old in enumerate(kept)}
+    cut_along_(model, extent, kept)
     for part in extent.parts:
-        old, module = tensor_of(model, part.tensor), model.get_submodule(module_of(part.tensor))
-        if id(old) in new:
-            setattr(module, part.tensor.rpartition(".")[2], new[id(old)])
-        else:
-            slice_(model, part.tensor, index, part.dim)
-            new[id(old)] = tensor_of(model, part.tensor)
+        module = model.get_submodule(module_of(part.tensor))
         if isinstance(module, nn.Embedding):
-            module.num_embeddings = len(kept)
             module.padding_idx = None if module.padding_idx is None else ids.get(module.padding_idx)
-        elif isinstance(module, nn.Linear):
-            module.out_features = len(kept)
     for module in model.modules():
         if getattr(module, "vocab_size", None) == extent.of:
             module.vocab_size = len(kept)

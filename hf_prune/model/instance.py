@@ -97,8 +97,9 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
                 weight.copy_(noise * min(0.5, 1.3 / max(fan, 1) ** 0.5))
             else:
                 weight.add_(noise * 0.1)
-        for name, buffer in module.named_buffers(recurse=False):
-            if name in ("running_mean", "running_var"):
+        still = {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
+        for name, buffer in {**dict(module.named_buffers(recurse=False)), **still}.items():
+            if name in ("running_mean", "running_var") or name.endswith(("bias", "biases")):
                 buffer.add_(torch.rand(buffer.shape, generator=generator).to(buffer))
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from .experts import is_known
 
 Kwargs = dict[str, Any]
 Value = TypeVar("Value")
@@ -88,31 +91,45 @@ def run(
     inputs_of: Sequence[str] = (),
     outputs_of: Sequence[str] = (),
     stop_at: str | None = None,
-) -> dict[str, torch.Tensor]:
-    """One layer on one batch: the asked inputs and outputs of its submodules by path, and its own under `OUTPUT`.
+) -> dict[str, Any]:
+    """One layer on one batch: what `observed` sees of it."""
+    return observed(layer, partial(layer, hidden, **kwargs), inputs_of, outputs_of, stop_at)
 
-    With `stop_at` the layer is left as soon as that path has been recorded, before it has an output.
+
+@torch.no_grad()
+def observed(
+    layer: nn.Module,
+    call: Callable[[], Any],
+    inputs_of: Sequence[str] = (),
+    outputs_of: Sequence[str] = (),
+    stop_at: str | None = None,
+) -> dict[str, Any]:
+    """The asked inputs and outputs of submodules by path, in the order in which they come, and what the call gives
+    under `OUTPUT`. Of experts all inputs: tokens, which of them they are sent to, by what weights.
+
+    With `stop_at` it is left as soon as that path has been recorded, before it has an output.
     """
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Any] = {}
     with contextlib.ExitStack() as hooks:
         for path in inputs_of:
             hooks.enter_context(_tap_input(layer.get_submodule(path), path, seen, path == stop_at))
         for path in outputs_of:
             hooks.enter_context(_tap_output(layer.get_submodule(path), path, seen, path == stop_at))
         with contextlib.suppress(_Stop):
-            output = layer(hidden, **kwargs)
+            output = call()
             seen[OUTPUT] = output if isinstance(output, torch.Tensor) else output[0]
     return seen
 
 
 @contextlib.contextmanager
-def _tap_input(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[path] = args[0]
+def _tap_input(module: nn.Module, path: str, seen: dict[str, Any], stop: bool) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], named: Kwargs) -> None:
+        given = (*args, *named.values())
+        seen[path] = given if is_known(module) else given[0]
         if stop:
             raise _Stop
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -120,7 +137,7 @@ def _tap_input(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop
 
 
 @contextlib.contextmanager
-def _tap_output(module: nn.Module, path: str, seen: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
+def _tap_output(module: nn.Module, path: str, seen: dict[str, Any], stop: bool) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         seen[path] = output
         if stop:

@@ -24,7 +24,15 @@ from .tokens import token_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNITS = ("neurons", "heads", "layers", "tokens")  # KV groups go with their heads
+EXPECTED = ("neurons", "heads", "layers", "tokens")  # of any model
+BY_HAND = ("channels", "hidden")  # shapes do not say where norms and sums stand
+UNITS = ("neurons", "heads", "experts", "width of experts", *BY_HAND, "layers", "tokens")  # KV groups go with heads
+
+
+def unit_word(axis: Axis) -> str:
+    """What the tables call an axis of a sublayer."""
+    return "width of experts" if axis.each else {"kv_groups": "heads"}.get(axis.name, axis.name)
+
 
 _KNOWN: dict[tuple[type, str], Family] = {}
 
@@ -48,9 +56,16 @@ def _fitting(model: Any, family: Family) -> Family:
             _misfit(model, replace(family, stacks=(replace(stack, sublayers=(row,)),))) for row in stack.sublayers
         ]
         fits = [row for row, reason in zip(stack.sublayers, misfits, strict=True) if not reason]
-        wrong += [(r.axes[-1].name, reason) for r, reason in zip(stack.sublayers, misfits, strict=True) if reason]
+        lost = [(row, reason) for row, reason in zip(stack.sublayers, misfits, strict=True) if reason]
+        wrong += [(row.axes[-1].name, reason) for row, reason in lost]
+        fits = [_mute(row, {axis.config for other, _ in lost for axis in other.axes}) for row in fits]
         stacks.append(replace(stack, sublayers=tuple(fits)))
     return replace(family, stacks=tuple(stacks), refused=(*wrong, *family.refused))
+
+
+def _mute(row: Sublayer, keys: set[str]) -> Sublayer:
+    """The row whose axes these keys cannot say, as they size something else that does not go."""
+    return replace(row, axes=tuple(replace(a, stock="none") if a.config in keys else a for a in row.axes))
 
 
 def _misfit(model: Any, family: Family) -> str:
@@ -62,8 +77,8 @@ def _misfit(model: Any, family: Family) -> str:
     for site in sites:
         for axis in site.row.axes:
             said = raw(model.config, axis.config)
-            if said not in (None, site.sizes[axis.name]):
-                return f"{site.name} has {site.sizes[axis.name]} {axis.name} where {axis.config} is {said}"
+            if said not in (None, site.values[axis.config]):
+                return f"{site.name} has {site.values[axis.config]} {axis.name} where {axis.config} is {said}"
     return ""
 
 
@@ -100,7 +115,8 @@ class Derivation:
 
     def reason(self, unit: str) -> str:
         """Why units are not proven."""
-        return "; ".join(dict.fromkeys(self.refused.get(unit, ()))) or "no key of its config sizes them alone"
+        none = "rows by hand alone say them" if unit in BY_HAND else "no key of its config sizes them alone"
+        return "; ".join(dict.fromkeys(self.refused.get(unit, ()))) or none
 
 
 def derivation(model: Any) -> Derivation:
@@ -127,7 +143,8 @@ def derivation(model: Any) -> Derivation:
     ]
     tokens = _tokens(subject, reading, result)
     kept = tuple(stack for stack in whole if stack.sublayers or stack.axis.config)
-    refused = tuple((unit, result.reason(unit)) for unit in UNITS if unit not in result.proven)
+    told = (unit for unit in UNITS if unit in result.refused or unit in EXPECTED)
+    refused = tuple((unit, result.reason(unit)) for unit in told if unit not in result.proven)
     result.family = Family(model.config.model_type, kept, tokens=tokens, shapes=("stock",), refused=refused)
     return result
 
@@ -157,11 +174,20 @@ def _units(
                 stock = _stock_of(subject, alternative) if candidate.word == "heads" else "any"
                 for stack in alternative:
                     rows.setdefault(stack.name, []).extend(_with_stock(row, stock) for row in stack.sublayers)
-                result.proven.setdefault(candidate.word, []).append(candidate.keys[-1])
+                for word, key in _proven(candidate, alternative):
+                    result.proven.setdefault(word, []).append(key)
                 break
         if reason:
             result.refused.setdefault(candidate.word, []).append(f"{' and '.join(candidate.keys)}: {reason}")
     return rows
+
+
+def _proven(candidate: derive.Candidate, stacks: Sequence[Stack]) -> list[tuple[str, str]]:
+    """The units that a proven candidate holds, and the keys that size them."""
+    if candidate.word != "experts":
+        return [(candidate.word, candidate.keys[-1])]
+    axes = dict.fromkeys(axis for stack in stacks for row in stack.sublayers for axis in row.axes)
+    return list(dict.fromkeys((unit_word(axis), axis.config) for axis in axes if axis.stock != "none"))
 
 
 ODD = 5  # a number of heads that divides no hidden size of a small instance

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..plan import PruningPlan
 from .anatomy import Anatomy
-from .cut import index_of
-from .silence import skipped, zeroed
+from .silence import skipped, without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,17 +18,16 @@ if TYPE_CHECKING:
 def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
     """What reads a removed unit reads zeros, and a removed layer hands its input on. All is as before afterwards.
 
-    Tokens that go are not masked: compare the logits at those that stay.
+    Tokens that go are not masked: compare the logits at those that stay. Nor are hidden channels: without them norms
+    see other statistics.
     """
     plan.check(anatomy.model_type, anatomy.words)
     with contextlib.ExitStack() as stack:
         for site in anatomy.sites:
-            chosen, layer = plan.get(site.key), model.get_submodule(site.path)
-            if chosen is None:
-                continue
-            left = site.expand(chosen.axis, chosen.kept)
-            for part in (part for part in site.parts if part.role == "reads"):
-                stack.enter_context(zeroed(layer, part.tensor, index_of(part, left, site.sizes, site.widths), part.dim))
+            chosen = plan.get(site.key)
+            if chosen is not None:
+                left = site.expand(chosen.axis, chosen.kept)
+                stack.enter_context(without(model.get_submodule(site.path), site, left))
         for extent in anatomy.extents:
             layers = plan.layers(extent.where[0], extent.of) if extent.path else range(extent.of)
             for gone in sorted({*range(extent.of)} - {*layers}):

@@ -13,27 +13,27 @@ from torch import nn
 
 def outside_macs(model: Any, layers: list[str], tokens: int | None) -> tuple[float, float]:
     """Multiply-adds outside the blocks: for each token, and for each example."""
+    rows = rows_outside(model, layers, tokens)
+    elements = {name: model.get_submodule(name).weight.numel() for name in rows}
+    per_token, per_example = (float(sum(elements[name] * row[i] for name, row in rows.items())) for i in (0, 1))
+    return per_token, per_example
+
+
+def rows_outside(model: Any, layers: list[str], tokens: int | None) -> dict[str, tuple[int, int]]:
+    """How often each matrix outside the layers is applied, by its module: for each token, and for each example."""
     inside = tuple(f"{path}." for path in layers)
     outside = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
-    per_token = _over_time([module for module in outside.values() if isinstance(module, nn.Conv1d)])
-    per_example = 0.0
+    steps = {name: module.stride[0] for name, module in outside.items() if isinstance(module, nn.Conv1d)}
+    found = {name: (math.prod([*steps.values()][i + 1 :]), 0) for i, name in enumerate(steps)}  # each shortens sound
     for name, module in outside.items():
         if isinstance(module, nn.Conv2d):
-            per_example += module.weight.numel() * _positions_of(model, module)
-        elif _is_matrix(module) and _sees_tokens(model, name):
-            per_token += module.weight.numel()
-        elif _is_matrix(module):
-            per_example += module.weight.numel()
-    return (0.0, per_example + per_token * tokens) if tokens else (per_token, per_example)
+            found[name] = (0, _positions_of(model, module))
+        elif is_matrix(module):
+            found[name] = (1, 0) if _sees_tokens(model, name) else (0, 1)
+    return {name: (0, a + b * tokens) if tokens else (b, a) for name, (b, a) in found.items()}
 
 
-def _over_time(convolutions: list[nn.Conv1d]) -> float:
-    """Multiply-adds for each token of convolutions one after the other, each of which may shorten the sound."""
-    steps = [module.stride[0] for module in convolutions]
-    return float(sum(m.weight.numel() * math.prod(steps[i + 1 :]) for i, m in enumerate(convolutions)))
-
-
-def _is_matrix(module: Any) -> bool:
+def is_matrix(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -57,11 +57,13 @@ def _sees_tokens(model: Any, name: str) -> bool:
 
 def other_elements(model: nn.Module, path: str, but: set[str]) -> int:
     """Elements of the matrices of a layer that belong to none of its sites."""
-    return sum(
-        module.weight.numel()
-        for name, module in model.get_submodule(path).named_modules()
-        if _is_matrix(module) and f"{path}.{name}.weight" not in but
-    )
+    return sum(model.get_submodule(name).weight.numel() for name in other_matrices(model, path, but))  # type: ignore[operator, misc]
+
+
+def other_matrices(model: nn.Module, path: str, but: set[str]) -> list[str]:
+    """The modules of a layer with a matrix that belongs to none of its sites."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return [name for name, module in inside if is_matrix(module) and f"{name}.weight" not in but]
 
 
 def _positions_of(model: Any, convolution: Any) -> int:

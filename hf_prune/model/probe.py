@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .maps import image_sides
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def probe_inputs(model: PreTrainedModel, length: int, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Dummy inputs of `length` tokens (one image for vision models)."""
+    """Dummy inputs of `length` tokens (one image for vision models, see `image_sides`)."""
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {
-            "pixel_values": torch.zeros(batch, config.num_channels, height, width, device=device, dtype=model.dtype)
-        }
+        shape = (batch, config.num_channels, *image_sides(config))
+        return {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype)}
     choices = (1,) if "MultipleChoice" in type(model).__name__ else ()
     ids = torch.full((batch, *choices, length), min(5, config.vocab_size - 1), device=device)
     eos = config.eos_token_id

@@ -17,14 +17,14 @@ import torch
 
 from .axes import Axis, Family, Part, Stack
 from .configs import set_
-from .cut import cut_, index_of
+from .cut import cut_
 from .depth import drop_layers_
 from .effects import changed
 from .embeddings import cut_tokens_
 from .feed import FIRST_ID, Feed, observed, tensors
 from .instance import build
-from .silence import skipped, zeroed
-from .sites import Extent, Site, find_sites, find_stacks, tensor_of
+from .silence import skipped, without
+from .sites import Counts, Extent, Site, find_sites, find_stacks, tensor_of
 from .tokens import token_parts
 
 EXACT, ROUNDED = 1e-6, 3e-4  # of the largest output, in float64 and in float32
@@ -100,12 +100,14 @@ def _gap(x: torch.Tensor, y: torch.Tensor) -> float:
 def units(subject: Subject, stacks: Sequence[Stack]) -> str:
     """Why the sublayers of stacks, all sized by the same keys, are not proven; "" where they are.
 
-    Of query heads that share keys and values, both are cut: whole groups, and heads of every group.
+    Of query heads that share keys and values, both are cut: whole groups, and heads of every group. So are experts, and
+    the neurons in each; these in place alone where the config cannot say them.
     """
     try:
         sites = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
-        axes = ("outer", "inner") if sites[0].share > 1 else ("outer",)
-        tried = (_differs(subject, sites, which) for which in axes)
+        axes = {site.outer.name: site.outer for site in sites}
+        axes |= {site.inner.name: site.inner for site in sites if site.share > 1}
+        tried = (_differs(subject, sites, axis) for axis in axes.values())
         return _unmoved(subject, sites) or next(filter(None, tried), "") or _linear(subject, sites)
     except Exception as error:  # a wrong row fails in many ways
         return _short(error)
@@ -117,7 +119,7 @@ def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
         found = find_sites(subject.model, Family(subject.model.config.model_type, tuple(stacks)))
         sites = [site for site in found if site.active]
         kept = {site.key: _some(site, site.outer, _own_count(site)) for site in sites}
-        small, masked = _cut(subject, sites, "outer", kept)
+        small, masked = _cut(subject, sites, sites[0].outer.name, kept)
         gap = distance(observed(small, list(subject.feeds)), masked)
         wrong = f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
         return _silent(subject, masked) or _unmoved(subject, sites) or (wrong if gap > subject.tolerance else "")
@@ -127,13 +129,13 @@ def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
 
 def _own_count(site: Site) -> int:
     of = site.sizes[site.outer.name]
-    return max(1, of // 2 - (0 if site.inner.tied else site.layer % 2))
+    return max(1, site.routed, of // 2 - (0 if site.inner.tied else site.layer % 2))
 
 
 def _some(site: Site, axis: Axis, count: int) -> list[int]:
     """So many units of the outer axis, or of the inner one in every outer one: others in every site."""
     draw = random.Random("all" if site.inner.tied else site.name)
-    if axis is site.outer:
+    if axis.name == site.outer.name:
         return sorted(draw.sample(range(site.sizes[axis.name]), count))
     groups = range(site.sizes[site.outer.name])
     return [group * site.share + unit for group in groups for unit in sorted(draw.sample(range(site.share), count))]
@@ -158,7 +160,7 @@ def _linear(subject: Subject, sites: Sequence[Site]) -> str:
     with torch.no_grad():
         done: set[int] = set()
         for site in neurons:
-            for part in site.parts:
+            for part in (part for part in site.parts if part.role != "routes"):
                 tensor = tensor_of(flipped.get_submodule(site.path), part.tensor)
                 if id(tensor) not in done:
                     done.add(id(tensor))
@@ -167,18 +169,17 @@ def _linear(subject: Subject, sites: Sequence[Site]) -> str:
     return "they are the rank of a product of matrices, without a nonlinearity" if gap < subject.tolerance else ""
 
 
-def _differs(subject: Subject, sites: Sequence[Site], which: str) -> str:
-    """Why the model with half of the units of the outer or the inner axis is not proven."""
-    first = sites[0]
-    of = first.sizes[first.outer.name] if which == "outer" else first.share
-    count = max(1, of // 2)
-    counts = (
-        first.counts(count, first.share) if which == "outer" else first.counts(first.sizes[first.outer.name], count)
-    )
-    kept = {site.key: _some(site, getattr(site, which), count) for site in sites}
-    small, masked = _cut(subject, sites, which, kept)
-    values: dict[str, Any] = {axis.config: counts[axis.name] for axis in first.row.axes}
-    values |= {key: counts[axis.name] for axis in first.row.axes for key in axis.also}
+def _differs(subject: Subject, sites: Sequence[Site], axis: Axis) -> str:
+    """Why the model with half of the units of an axis is not proven."""
+    here = [site for site in sites if site.axis(axis.name)]
+    counts = {site.key: _half(site, axis) for site in here}
+    kept = {site.key: _some(site, axis, _units_of(axis, site, counts[site.key])) for site in here}
+    small, masked = _cut(subject, here, axis.name, kept)
+    if axis.stock == "none":
+        gap = distance(observed(small, list(subject.feeds)), masked)
+        wrong = f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
+        return _silent(subject, masked) or (wrong if gap > subject.tolerance else "")
+    values: dict[str, Any] = {key: value for site in here for key, value in site.said(counts[site.key]).items()}
     values |= {a.width_config: s.widths[a.name] for s in sites for a in s.row.axes if a.width_config}
     config = changed(subject.model.config, values)
     for key, value in values.items():
@@ -186,17 +187,27 @@ def _differs(subject: Subject, sites: Sequence[Site], which: str) -> str:
     return _silent(subject, masked) or _reason(subject, small, config, masked)
 
 
-def _cut(subject: Subject, sites: Sequence[Site], which: str, kept: Mapping[Any, Sequence[int]]) -> tuple[Any, Outputs]:
+def _half(site: Site, axis: Axis) -> Counts:
+    """The sizes of a site with half of the units of an axis, of an inner one in every outer one."""
+    groups = site.sizes[site.outer.name]
+    if axis.name == site.outer.name:
+        return site.counts(max(1, groups // 2, site.routed), site.share)
+    return site.counts(groups, max(1, site.share // 2))
+
+
+def _units_of(axis: Axis, site: Site, counts: Counts) -> int:
+    """How many units of an axis these counts are: of an inner one in every outer one."""
+    return counts[axis.name] // (1 if axis.name == site.outer.name else counts[site.outer.name])
+
+
+def _cut(subject: Subject, sites: Sequence[Site], axis: str, kept: Mapping[Any, Sequence[int]]) -> tuple[Any, Outputs]:
     """A copy of the model cut in place, and the outputs of the masked one."""
     small = copy.deepcopy(subject.model)
     with ExitStack() as stack:
         for site in sites:
-            axis = getattr(site, which).name
             cut_(small.get_submodule(site.path), site, axis, kept[site.key])
             left = site.expand(axis, kept[site.key])
-            for part in (part for part in site.parts if part.role == "reads"):
-                index = index_of(part, left, site.sizes, site.widths)
-                stack.enter_context(zeroed(subject.model.get_submodule(site.path), part.tensor, index, part.dim))
+            stack.enter_context(without(subject.model.get_submodule(site.path), site, left))
         return small, observed(subject.model, list(subject.feeds))
 
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .axes import Axis, Family, Part, Stack, Sublayer
+from .configs import raw
 
 Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the model
 Counts = Mapping[str, int]  # axis -> units
@@ -37,6 +38,12 @@ class Site:
     shapes: Mapping[str, tuple[int, ...]]  # of the parameters among their tensors
     active: bool = True  # False: this model never runs it (cross-attention of a lone decoder)
     has_bias: bool = False  # of the consumer
+    routed: int = 0  # units of `outer` that each token goes through; 0: all of them
+    times: int = 1  # units of `inner` for each that the config counts
+    split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
+    applied: Mapping[str, int] = field(default_factory=dict)  # tensor -> positions of an image that it is applied at,
+    # where layers work on maps of pixels
+    elsewhere: frozenset[str] = frozenset()  # tensors whose cost an earlier site of the layer counts, see `Crossing`
 
     @property
     def key(self) -> Where:
@@ -78,7 +85,8 @@ class Site:
     @property
     def hidden(self) -> int:
         """Width of the stream that the consumer adds to."""
-        return self.shapes[self._read.tensor][1 - self._read.dim]
+        along = {part.dim for part in self.parts if part.tensor == self._read.tensor}
+        return next(size for dim, size in enumerate(self.shapes[self._read.tensor]) if dim not in along)
 
     def axis(self, name: str) -> Axis | None:
         """The axis of this name, or the one that it is another word for."""
@@ -100,7 +108,7 @@ class Site:
             ValueError: units that leave the remaining ones of the parent with different numbers.
         """
         outer, inner, share = self.outer.name, self.inner.name, self.share
-        if outer != inner and self.axis(axis) is self.outer:
+        if outer != inner and axis == outer:
             return {outer: list(kept), inner: [group * share + j for group in kept for j in range(share)]}
         each = Counter(unit // share for unit in kept)
         if len({*each.values()}) > 1:
@@ -109,35 +117,65 @@ class Site:
             )
         return {outer: sorted(each), inner: list(kept)}
 
+    @property
+    def values(self) -> dict[str, int]:
+        """The config values that describe the sizes."""
+        return self.said(self.sizes)
+
+    def said(self, counts: Counts) -> dict[str, int]:
+        """The config values that describe so many units."""
+        outer = max(counts[self.outer.name], 1)
+        return {
+            key: counts[axis.name] // (outer if axis.each else self.times if axis.times else 1)
+            for axis in self.row.axes
+            for key in (axis.config, *axis.also)
+        }
+
     def resized(self, counts: Counts) -> Site:
         """The site with so many units."""
         shapes = {tensor: [*shape] for tensor, shape in self.shapes.items()}
         for part in self.parts:
             if part.tensor in shapes:
-                entries = sum(counts[axis] * part.entries(axis, self.widths) for axis in part.axes)
+                entries = sum(part.along(axis, counts) * part.entries(axis, self.widths) for axis in part.axes)
                 shapes[part.tensor][part.dim] = entries
         return replace(self, sizes=dict(counts), shapes={tensor: tuple(shape) for tensor, shape in shapes.items()})
 
     @cached_property
-    def _products(self) -> tuple[tuple[int, bool, tuple[Mapping[str, float], ...]], ...]:
-        """Of each tensor: its elements, whether it is a matrix, and of each of its dimensions the share of a unit."""
+    def _products(self) -> tuple[tuple[int, int, bool, bool, tuple[tuple[Part, Mapping[str, float]], ...]], ...]:
+        """Of each tensor: its elements, how often it is applied, whether it is a matrix, whether a token goes through a
+        part of it alone, and of each of its dimensions the share of a unit."""
         found = []
-        for tensor in dict.fromkeys(part.tensor for part in self.parts if part.tensor in self.shapes):
-            here = [part for part in self.parts if part.tensor == tensor]
-            is_matrix = any(part.role != "carries" for part in here)
-            found.append((math.prod(self.shapes[tensor]), is_matrix, tuple(self._shares(part) for part in here)))
+        here = (part.tensor for part in self.parts if part.tensor in self.shapes)
+        for tensor in dict.fromkeys(name for name in here if name not in self.elsewhere):
+            along = [part for part in self.parts if part.tensor == tensor]
+            shape, roles = self.shapes[tensor], {part.role for part in along}
+            is_matrix = roles != {"carries"} and math.prod(shape) > max(shape)
+            in_turn = bool(self.routed) and "routes" not in roles
+            dims = tuple((part, self._shares(part)) for part in along)
+            found.append((math.prod(shape), self.applied.get(tensor, 1), is_matrix, in_turn, dims))
         return tuple(found)
 
     def _shares(self, part: Part) -> dict[str, float]:
         entries = {axis: part.entries(axis, self.widths) for axis in part.axes}
-        total = max(sum(self.sizes[axis] * entries[axis] for axis in part.axes), 1)
+        total = max(sum(part.along(axis, self.sizes) * entries[axis] for axis in part.axes), 1)
         return {axis: part.axes.count(axis) * entries[axis] / total for axis in entries}
 
+    def fits(self, counts: Counts, width: int) -> bool:
+        """Whether the stock class can say so many units beside a stream of this width."""
+        axis, units = self.inner, counts[self.inner.name]
+        if not axis.mixes or axis.stock == "any":
+            return True
+        return width % units == 0 if axis.stock == "divisors" else units * self.widths[axis.name] == width
+
     def elements(self, counts: Counts, matrices: bool = False) -> float:
-        """Elements of all parameters (of the matrices alone) with so many units: a product over their dimensions."""
+        """Elements of all parameters with so many units: a product over their dimensions. `matrices`: of those of
+        matrices that a token goes through, as often as they are applied."""
+        through = min(self.routed / max(counts[self.outer.name], 1), 1)
         return sum(
-            size * math.prod(sum(counts[axis] * share for axis, share in shares.items()) for shares in dimensions)
-            for size, is_matrix, dimensions in self._products
+            (size * applied if matrices else size)
+            * math.prod(sum(part.along(a, counts) * share for a, share in shares.items()) for part, shares in dims)
+            * (through if matrices and in_turn else 1)
+            for size, applied, is_matrix, in_turn, dims in self._products
             if is_matrix or not matrices
         )
 
@@ -154,7 +192,14 @@ class Extent:
     axis: Axis
     of: int
     path: str = ""  # of the list of layers
-    parts: tuple[Part, ...] = ()  # of the tensors that the vocabulary runs along
+    parts: tuple[Part, ...] = ()  # of an axis that runs through the whole model, such as the vocabulary, by path in it
+    attributes: tuple[str, ...] = ()  # of modules, which repeat its number of units
+    never: tuple[int, ...] = ()  # numbers of units of which the class would build another model
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it runs through the whole model, and is no vocabulary, whose ids have to follow."""
+        return bool(self.parts) and self.where != ()
 
 
 def module_of(tensor: str) -> str:
@@ -176,13 +221,22 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         wanted = ", ".join(stack.layers for stack in family.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     names = {stack.name for stack, _ in stacks}
-    return [
-        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names)
+    found = [
+        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names, model.config)
         for stack, path in stacks
         for index, layer in enumerate(model.get_submodule(path))
         for row in stack.sublayers
         if not row.optional or _has(layer, row)
     ]
+    return [replace(site, elsewhere=_counted_before(site, found)) for site in found]
+
+
+def _counted_before(site: Site, sites: Sequence[Site]) -> frozenset[str]:
+    """The tensors of a site that one before it in its layer has too: a convolution between two others, whose inputs are
+    units of the one, and whose outputs are units of the other."""
+    earlier = sites[: sites.index(site)] if site.row.optional else []
+    theirs = {part.tensor for other in earlier if other.path == site.path for part in other.parts}
+    return frozenset(theirs & {part.tensor for part in site.parts if part.tensor.endswith(".convolution.weight")})
 
 
 def find_stacks(model: Any, family: Family) -> tuple[Extent, ...]:
@@ -209,15 +263,36 @@ def _placed(row: Sublayer, family: Family, config: Any) -> Sublayer:
     return replace(row, norm_place="after") if key and not getattr(config, key) else row
 
 
-def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str]) -> Site:
+def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str], config: Any) -> Site:
     parts = _parts_here(layer, row)
     tensors = {part.tensor: tensor_of(layer, part.tensor) for part in parts}
-    widths = {axis.name: int(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
+    widths = {axis.name: _width(attribute_of(layer, axis.width)) if axis.width else 1 for axis in row.axes}
     widths |= {p.width: sum(attribute_of(layer, each) for each in p.width.split("+")) for p in parts if p.width}
     sizes = _sizes(parts, {path: tuple(tensor.shape) for path, tensor in tensors.items()}, widths)
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)
-    return Site(stack, index, row.kind, path, row, sizes, widths, parts, shapes, active, _consumer_bias(layer, parts))
+    outer, inner = row.axes[0], row.axes[-1]
+    routed, times, split = (raw(config, key) if key else 0 for key in (outer.routed, inner.times, outer.split))
+    return Site(
+        stack,
+        index,
+        row.kind,
+        path,
+        row,
+        sizes,
+        widths,
+        parts,
+        shapes,
+        active,
+        has_bias=_consumer_bias(layer, parts),
+        routed=routed,
+        times=times or 1,
+        split=split or 1,
+    )
+
+
+def _width(found: Any) -> int:
+    return found.shape[1] if isinstance(found, torch.Tensor) else int(found)
 
 
 def _has(layer: nn.Module, row: Sublayer) -> bool:
@@ -226,7 +301,8 @@ def _has(layer: nn.Module, row: Sublayer) -> bool:
 
 
 def _consumer_bias(layer: nn.Module, parts: Sequence[Part]) -> bool:
-    return any(find_tensor(layer, f"{module_of(p.tensor)}.bias") is not None for p in parts if p.role == "reads")
+    consumer = next((module_of(part.tensor) for part in parts if part.role == "reads"), None)
+    return consumer is not None and find_tensor(layer, f"{consumer}.bias") is not None
 
 
 def _parts_here(layer: nn.Module, row: Sublayer) -> tuple[Part, ...]:
@@ -251,15 +327,15 @@ def _sizes(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], widths:
         ValueError: a tensor that whole units do not make up.
     """
     sizes: dict[str, int] = {}
-    for part in sorted(parts, key=lambda part: len(set(part.axes))):
-        known = sum(sizes[axis] * part.entries(axis, widths) for axis in part.axes if axis in sizes)
+    for part in sorted(parts, key=lambda part: (bool(part.within), len(set(part.axes)))):
+        known = sum(part.along(axis, sizes) * part.entries(axis, widths) for axis in part.axes if axis in sizes)
         unknown = {axis for axis in part.axes if axis not in sizes}
         if len(unknown) == 1:
             axis = unknown.pop()
             columns = (shapes[part.tensor][part.dim] - known) // part.axes.count(axis)
-            sizes[axis] = columns // part.entries(axis, widths)
+            sizes[axis] = columns // part.entries(axis, widths) * (sizes[part.within] if part.within else 1)
     for part in parts:
-        entries = sum(sizes.get(axis, 0) * part.entries(axis, widths) for axis in part.axes)
+        entries = sum(part.along(axis, sizes) * part.entries(axis, widths) for axis in part.axes if axis in sizes)
         if entries != shapes[part.tensor][part.dim]:
             raise ValueError(
                 f"{part.tensor} has {shapes[part.tensor]} entries, where {sizes} of {widths} columns make {entries} "

@@ -157,16 +157,16 @@ def refit(
     return replace(best, weight=solve(weight, calibration + held_out[0], best.ridge, [best.blend])[0])
 
 
-def fold(matrix: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
-    """The matrix [P, D] that reads x as `matrix` reads the adapted x; where it has a bias, as last column of both.
+def fold(matrix: torch.Tensor, adapter: torch.Tensor, offset: bool) -> torch.Tensor:
+    """The matrix [P, S] that reads x as `matrix` [P, D] reads the adapted x; where it has a bias, as last column.
 
     Args:
-        adapter: [D, D], or [D, D+1] with an offset as last column, then `matrix` has a bias too.
+        adapter: [D, S], or [D, S+1] with an `offset` as last column, then `matrix` has a bias too.
     """
     width = len(adapter)
     folded, bias = matrix[:, :width].double() @ adapter.double(), matrix[:, width:].double()
-    if adapter.shape[1] > width:
-        folded[:, width:] += bias
+    if offset:
+        folded[:, -1:] += bias
         return folded
     return torch.cat([folded, bias], 1)
 

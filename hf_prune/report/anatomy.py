@@ -12,6 +12,7 @@ from ..decide.costs import CostModel, cost_model
 from ..decide.units import choose_units, default_align
 from ..model.anatomy import Anatomy
 from ..model.sites import Site
+from ..model.wide import HIDDEN
 from .table import Row, count
 
 STOCK_HEADS = {
@@ -90,8 +91,11 @@ def stock_note(anatomy: Anatomy) -> str:
     text = f"A stock {family.model_type} config can say: "
     stock = next((site.inner.stock for site in anatomy.sites if site.inner.mixes), "")
     text += STOCK_HEADS[stock].format(hidden=anatomy.hidden_size)
+    text += ", experts and their width" if any(site.routed for site in anatomy.sites) else ""
     if family.as_model_type:
         text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
+    if any(extent.where == HIDDEN for extent in anatomy.extents):
+        text += ". A narrower stream, too (--units hidden)"
     if any(site.inner.tied for site in anatomy.sites):
         text += ". All self-attention layers of a stack keep the same heads"
     if len(family.stacks) > 1:
@@ -104,12 +108,13 @@ def reachable_rows(anatomy: Anatomy, sequence_length: int, device: str) -> list[
     """The least `keep` per shapes, for both metrics."""
     rows: list[Row] = []
     for shapes in (shapes for shapes in SHAPES if shapes in anatomy.family.shapes):
-        row: dict[str, str] = {"shapes": shapes}
-        for metric in ("macs", "params"):
-            config = PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)
-            row["default units"] = ", ".join(choose_units(anatomy, config))
-            row[f"{metric} ({config.scope})"] = _least(anatomy, config, default_align(anatomy, device))
-        rows.append(row)
+        configs = [
+            PruningConfig(shapes=shapes, metric=metric, sequence_length=sequence_length)
+            for metric in ("macs", "params")
+        ]
+        units = dict.fromkeys(", ".join(choose_units(anatomy, config)) for config in configs)  # those of experts differ
+        least = {f"{c.metric} ({c.scope})": _least(anatomy, c, default_align(anatomy, device)) for c in configs}
+        rows.append({"shapes": shapes, "default units": "; ".join(units), **least})
     return rows
 
 

@@ -172,7 +172,7 @@ def summary_rows(found: Evidence) -> list[Row]:
         before, after = found.cost(key)
         rows.append({"": title, DENSE: count(before), PRUNED: f"{count(after)} ({after / before:.0%})"})
     for kept in (kept for kept in found.plan.kept if len(kept.where) < 3):  # of a stack, or of the whole model
-        title = " of the ".join((quoted(kept.axis), *map(quoted, kept.where)))
+        title = " of the ".join(dict.fromkeys((quoted(kept.axis), *map(quoted, kept.where))))
         rows.append({"": title, DENSE: f"{kept.of:,}", PRUNED: f"{len(kept.kept):,}"})
     timed = measured_rows(found.measured) if found.measured else []
     return rows + [row for row in timed if row[""].startswith(("size", "memory", "forward", "decode"))]

@@ -20,6 +20,7 @@ from .table import Row
 NOT_RUN = "not run in our tests"
 PLAIN = "plain transformers"
 CAUSAL = (*ARCHITECTURES, "phi3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "glm4_moe")
 HEAD = "ForCausalLM"
 GGUF = "`hf-prune export --to gguf`"
 DECILM = "by `hf-prune export --to decilm`, with the same query heads in every layer"
@@ -47,9 +48,11 @@ ENGINES: Sequence[Engine] = (
     Engine("transformers", (), "after `import hf_prune`, or with trust_remote_code (remote_code=True)", "", True),
     Engine("ONNX Runtime", (), "`hf-prune export --to onnx`", "`hf-prune export --to onnx`", True),
     Engine("llama.cpp", tuple(ARCHITECTURES), f"by {GGUF}", GGUF, True, HEAD, BY_LAYER),
-    Engine("vLLM", (*CAUSAL, "gpt2", "opt", "bert", "roberta"), DECILM, "", True, "", FAMILIES, HEAD, ("llama",)),
+    Engine(
+        "vLLM", (*CAUSAL, *MIXTURES, "gpt2", "opt", "bert", "roberta"), DECILM, "", True, "", FAMILIES, HEAD, ("llama",)
+    ),
     Engine("vLLM --model-impl transformers", CAUSAL, PLUG_IN, "", True, HEAD, run_types=("llama",)),
-    Engine("SGLang", (*CAUSAL, "gpt2", "bert"), f"{DECILM} and {STEPS}", "", False, "", FAMILIES, HEAD),
+    Engine("SGLang", (*CAUSAL, *MIXTURES, "gpt2", "bert"), f"{DECILM} and {STEPS}", "", False, "", FAMILIES, HEAD),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
 )
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from ..files import write_text
 from ..model.axes import Family
+from ..model.configs import holder
 from ..model.families import FAMILIES, registered
 from ..model.instance import classes_of, instance, quiet
-from ..model.lookup import UNITS, Derivation, derivation
+from ..model.lookup import UNITS, Derivation, derivation, unit_word
 from ..model.sites import find_sites
 
 FILE = Path(__file__).with_name("families.json")
@@ -113,22 +114,19 @@ def _short(error: Exception) -> str:
 
 def _stock(hand: Family | None, found: Derivation) -> list[str]:
     """Units that a stock config can have fewer of: by the row, and by what is proven."""
-    said = {_unit(axis.name) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
+    said = {unit_word(axis) for axis in _axes(hand) if axis.stock != "none"} if hand else set()
+    said |= {"hidden"} if hand and hand.hidden else set()
     return [unit for unit in UNITS if unit in said or found.proven.get(unit)]
 
 
 def _per_layer(hand: Family | None) -> list[str]:
     """Units of which every layer can have other numbers: with a row, those of its sublayers."""
-    said = {_unit(axis.name) for axis in _axes(hand)} if hand else set()
+    said = {unit_word(axis) for axis in _axes(hand)} if hand else set()
     return [unit for unit in UNITS if unit in said]
 
 
 def _axes(family: Family | None) -> list[Any]:
     return [axis for stack in (family.stacks if family else ()) for row in stack.sublayers for axis in row.axes]
-
-
-def _unit(axis: str) -> str:
-    return "heads" if axis == "kv_groups" else axis
 
 
 def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
@@ -141,19 +139,21 @@ def differences(model: Any, hand: Family, found: Derivation) -> list[str]:
         own = ours.get(f"{site.path}.{site.consumer}")
         if own is None:
             wrong.append(f"{site.name}: only derived ({site.consumer})")
-        elif _said(own) != _said(site):
-            wrong.append(f"{site.name}: {sorted(_said(own) ^ _said(site))[:2]}")
+        elif differ := _said(own, model.config) ^ _said(site, model.config):
+            wrong.append(f"{site.name}: {sorted(differ)[:2]}")
     return wrong
 
 
-def _said(site: Any) -> set[tuple[Any, ...]]:
+def _said(site: Any, config: Any) -> set[tuple[Any, ...]]:
     """What a site says: which tensors its units run along, in which order, and what sizes them."""
     parts = {
         (part.tensor, part.dim, *((axis, part.entries(axis, site.widths)) for axis in part.axes))
         for part in site.parts
         if part.role != "carries"
     }
-    return parts | {(axis.name, axis.config, site.sizes[axis.name]) for axis in site.row.axes}
+    keys = {axis.name: holder(config, axis.config) for axis in site.row.axes}
+    own = {name: inside.attribute_map.get(key, key) for name, (inside, key) in keys.items()}  # a key of several names
+    return parts | {(axis.name, own[axis.name], site.sizes[axis.name]) for axis in site.row.axes}
 
 
 def save(rows: Iterable[Row], date: str) -> None:
@@ -202,7 +202,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"| {row['type']} | {row['by']} | {' | '.join(FORMS[form_of(row, unit)] for unit in UNITS)} |" for row in ran
     )
     rest = "\n".join(f"- `{row['type']}`: {row['why']}" for row in rows if "why" in row)
-    return PAGE.format(**{**found, "rows": lines, "total": total, "rest": rest, "ran": len(ran), "all": len(rows)})
+    table = {"units": " | ".join(UNITS), "rule": "---|" * len(UNITS), "rows": lines, "total": total, "rest": rest}
+    return PAGE.format(**{**found, **table, "ran": len(ran), "all": len(rows)})
 
 
 PAGE = """# What can be cut from which model type
@@ -219,8 +220,8 @@ checkpoint says it, the same number in every layer. "per layer": only hf_prune's
 |---|--:|--:|
 {total}
 
-| model type | row | neurons | heads | layers | tokens |
-|---|---|---|---|---|---|
+| model type | row | {units} |
+|---|---|{rule}
 {rows}
 
 ## Types of which no small instance runs here

@@ -35,6 +35,8 @@ class SiteStatistics:
     generator: torch.Generator | None = None
     output: torch.Tensor | None = None  # Σ ggᵀ over tokens, mean over examples; g: at the consumer's output, [D, D]
     tokens: list[torch.Tensor] | None = None  # the squared lengths of these g, [B*T] per batch
+    seen: torch.Tensor | None = None  # tokens that experts see: of each unit [U], or of the one whose neurons these are
+    saliency: torch.Tensor | None = None  # mean over those tokens of the norm of what an expert adds to them, likewise
 
     def per_unit(self, columns: torch.Tensor) -> torch.Tensor:
         """Sum a value per column [K] over the columns of each unit [U]."""
@@ -43,7 +45,7 @@ class SiteStatistics:
 
 def fisher(s: SiteStatistics) -> torch.Tensor:
     """Diagonal Fisher information of the gates: E[g²] (Kwon et al. 2022, section 3.3)."""
-    return _given(s.gate_square)
+    return given(s.gate_square)
 
 
 def fisher_obs(s: SiteStatistics) -> torch.Tensor:
@@ -51,7 +53,7 @@ def fisher_obs(s: SiteStatistics) -> torch.Tensor:
 
     The gradients know what matters to the loss, the OBS error what the other units cannot take over in the repair.
     """
-    by_loss, by_error = _given(s.gate_square), hessian(s)
+    by_loss, by_error = given(s.gate_square), hessian(s)
     product = by_loss * by_error
     return product * (by_loss.sum() / product.sum().clamp_min(1e-30))
 
@@ -63,8 +65,8 @@ def fisher_obs_root(s: SiteStatistics) -> torch.Tensor:
     of language models do, all others would seem free, and the layer would be emptied. What repair leaves of a unit's
     Fisher is taken to be the part of its output's square that the others cannot take over.
     """
-    by_loss, by_error = _given(s.gate_square), hessian(s).clamp_min(0)
-    output = s.per_unit(_given(s.gram).diagonal() * s.weight.square().sum(0))  # mean over tokens of its square
+    by_loss, by_error = given(s.gate_square), hessian(s).clamp_min(0)
+    output = s.per_unit(given(s.gram).diagonal() * s.weight.square().sum(0))  # mean over tokens of its square
     left = (by_loss * by_error / output.clamp_min(1e-30)).sum()
     root = (by_loss * by_error).sqrt()
     return root * (left / root.sum().clamp_min(1e-30))
@@ -78,12 +80,12 @@ def fisher_joint(s: SiteStatistics, damping: float = 0.01) -> torch.Tensor:
     over the removed columns of (W·L)(W·L)ᵀ, so that one Cholesky gives the loss of every count. Errors of single units
     do not add up to it: each assumes that all the others stay.
     """
-    width = len(_given(s.gram)) // s.units
+    width = len(given(s.gram)) // s.units
     order = fisher_obs(s).argsort(descending=True, stable=True)
     columns = (order[:, None] * width + torch.arange(width)).flatten()
     factor = torch.linalg.cholesky(_damped(s, damping)[columns][:, columns])
     outputs = s.weight.double()[:, columns] @ factor  # [D, K]
-    added = 0.5 * s.per_unit(((_given(s.output).double() @ outputs) * outputs).sum(0))
+    added = 0.5 * s.per_unit(((given(s.output).double() @ outputs) * outputs).sum(0))
     score = torch.empty(s.units, dtype=torch.float64)
     score[order] = falling(added)
     return score.float()
@@ -112,13 +114,13 @@ def kprune(s: SiteStatistics) -> torch.Tensor:
     K-prune scores again before each sublayer, with the KL divergence from the dense model. In one pass at the dense
     model that gradient is zero: the Fisher of labels drawn from the model, its second-order term, stands in.
     """
-    representation = s.per_unit(_given(s.square) * s.weight.square().mean(0))
-    return _given(s.gate_square) / 2 + REPRESENTATION * representation
+    representation = s.per_unit(given(s.square) * s.weight.square().mean(0))
+    return given(s.gate_square) / 2 + REPRESENTATION * representation
 
 
 def taylor(s: SiteStatistics) -> torch.Tensor:
     """First-order Taylor: E|g| (Michel et al. 2019, section 4.1; Molchanov et al. 2019)."""
-    return _given(s.gate_abs)
+    return given(s.gate_abs)
 
 
 def magnitude(s: SiteStatistics) -> torch.Tensor:
@@ -128,12 +130,12 @@ def magnitude(s: SiteStatistics) -> torch.Tensor:
 
 def activation(s: SiteStatistics) -> torch.Tensor:
     """|W|·‖X‖ summed over a unit's weights in the consumer (Wanda, Sun et al. 2023, eq. 1, structured)."""
-    return s.per_unit(s.weight.abs().sum(0) * _given(s.square).sqrt())
+    return s.per_unit(s.weight.abs().sum(0) * given(s.square).sqrt())
 
 
 def fluctuation(s: SiteStatistics) -> torch.Tensor:
     """Weighted input feature variance Var(X)·‖W‖² (FLAP, An et al. 2024, eq. 5)."""
-    variance = (_given(s.square) - _given(s.mean) ** 2).clamp_min(0)
+    variance = (given(s.square) - given(s.mean) ** 2).clamp_min(0)
     return s.per_unit(variance * s.weight.square().sum(0))
 
 
@@ -151,6 +153,16 @@ def hessian(s: SiteStatistics, damping: float = 0.01) -> torch.Tensor:
     return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)).float()
 
 
+def reap(s: SiteStatistics) -> torch.Tensor:
+    """Of an expert: the mean over its tokens of router weight x norm of its output (REAP, Lasby et al. 2025, eq. 9)."""
+    return given(s.saliency)
+
+
+def frequency(s: SiteStatistics) -> torch.Tensor:
+    """Of an expert: the tokens that are sent to it."""
+    return given(s.seen)
+
+
 def random(s: SiteStatistics) -> torch.Tensor:
     """Uniform random scores: the control."""
     return torch.rand(s.units, generator=s.generator)
@@ -164,7 +176,8 @@ class Criterion:
     at the consumer's output), "moments" (mean and square of the inputs), "gram". `across` says how scores of different
     sites and kinds are made comparable: "as they are", divided by the site's "sum", or "standard": zero mean and unit
     variance over the site, and the lowest go first whatever they cost (FLAP, section 4.2). `labels`: those of the
-    "data", or drawn from the "model" (then E[gg'] is the curvature of the KL divergence from the dense model).
+    "data", or drawn from the "model" (then E[gg'] is the curvature of the KL divergence from the dense model). `of`:
+    the axis that it is made for; "": any.
     """
 
     name: str
@@ -172,6 +185,7 @@ class Criterion:
     needs: tuple[str, ...] = ()
     across: Literal["as they are", "sum", "standard"] = "sum"
     labels: Literal["data", "model"] = "data"
+    of: str = ""
 
     @property
     def needs_loss(self) -> bool:
@@ -193,6 +207,8 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("activation", activation, ("moments",)),
         Criterion("fluctuation", fluctuation, ("moments",), "standard"),
         Criterion("hessian", hessian, ("gram",)),
+        Criterion("reap", reap, ("moments",), of="experts"),
+        Criterion("frequency", frequency, ("moments",), of="experts"),
         Criterion("random", random),
     )
 }
@@ -200,11 +216,11 @@ CRITERIA: dict[str, Criterion] = {
 
 def _damped(s: SiteStatistics, damping: float) -> torch.Tensor:
     """The Gram matrix in fp64 with `damping` of its mean diagonal on the diagonal, [K, K]."""
-    gram = _given(s.gram).double()
+    gram = given(s.gram).double()
     return gram + damping * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype)
 
 
-def _given(tensor: torch.Tensor | None) -> torch.Tensor:
+def given(tensor: torch.Tensor | None) -> torch.Tensor:
     if tensor is None:
         raise ValueError("These statistics were not collected for this criterion.")
     return tensor

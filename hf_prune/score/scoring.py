@@ -6,7 +6,7 @@ Shapes: B examples, T tokens, U units.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from ..model.batches import GUARD, Batch
 from ..model.sites import Site
 from ..plan import Where
 from .checks import fit_labels
-from .criteria import CRITERIA, Criterion, SiteStatistics
+from .criteria import CRITERIA, Criterion, SiteStatistics, given
+from .experts import FEW, where_few
 from .losses import has_head, has_loss, predicts_tokens
 from .statistics import ALONE, Ranks, statistics
 
@@ -52,15 +53,30 @@ def scores_of(
     Raises:
         ValueError: scores or statistics that are no numbers, or that tell no unit from another.
     """
-    result = Scores()
+    result, few = Scores(), {}
     for site, found in statistics(model, sites, axes, scored_rows(batches), criterion, seed, ranks):
-        result.scores[site.key] = _score(site, criterion, found, model.dtype)
-        if found.tokens is not None:
-            result.tokens[site.key] = found.tokens
-        if found.gate is not None:
-            result.gates[site.key] = found.gate
+        scores = [_score(site, criterion, each, model.dtype) for each in found]
+        result.scores[site.key], few[site.name] = where_few(scores, found)
+        if found[0].tokens is not None:
+            result.tokens[site.key] = found[0].tokens
+        if found[0].gate is not None:
+            result.gates[site.key] = torch.cat([given(each.gate) for each in found], 1)
+    _warn_of_few(few)
     _check(result.scores, criterion)
     return result
+
+
+def _warn_of_few(experts: Mapping[str, Sequence[int]]) -> None:
+    """Say which experts see too few tokens to be judged by them."""
+    places = {name: numbers for name, numbers in experts.items() if numbers}
+    if places:
+        first, numbers = next(iter(places.items()))
+        warnings.warn(
+            f"{sum(map(len, places.values()))} experts in {len(places)} layers see fewer than {FEW} calibration tokens "
+            f"({first}: {', '.join(map(str, numbers[:8]))}): they count as hardly needed, and their neurons by "
+            "magnitude. Give more examples, and of all kinds that the model is used on.",
+            stacklevel=4,
+        )
 
 
 def token_gradients(
@@ -69,7 +85,7 @@ def token_gradients(
     """Just what the repair weighs tokens by; nothing where the criterion of this name looks at no loss."""
     wanted = replace(CRITERIA[name], needs=("gradients",))
     passes = statistics(model, sites, axes, scored_rows(batches), wanted, 0)
-    return {site.key: found.tokens for site, found in passes if found.tokens is not None}
+    return {site.key: found[0].tokens for site, found in passes if found[0].tokens is not None}
 
 
 def _score(site: Site, criterion: Criterion, found: SiteStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -94,8 +110,25 @@ def _check(scores: Mapping[Where, torch.Tensor], criterion: Criterion) -> None:
         )
 
 
-def criterion_for(model: PreTrainedModel, batches: Sequence[Batch], asked: str | None) -> str:
-    """The criterion asked for, or the one for this model and data; labels are fitted where it reads them."""
+def criterion_for(
+    model: PreTrainedModel, batches: Sequence[Batch], asked: str | None, axes: Collection[str] = ()
+) -> str:
+    """The criterion asked for, or the one for this model and data; labels are fitted where it reads them.
+
+    Args:
+        axes: those whose units may go.
+
+    Raises:
+        ValueError: a criterion that needs a loss where there is none, or that is made for other units.
+    """
+    if asked is None and {*axes} == {"experts"}:
+        return "reap"
+    made_for = CRITERIA[asked].of if asked is not None else ""
+    if made_for and (others := sorted({*axes} - {made_for})):
+        raise ValueError(
+            f"criterion={asked!r} scores {made_for} alone, and {', '.join(others)} may go too. Take "
+            f"units=[{made_for!r}], or a criterion for all units (None picks one)."
+        )
     rows = scored_rows(batches)
     loss = has_loss(model, rows)
     if asked is not None and CRITERIA[asked].needs_loss and not loss:

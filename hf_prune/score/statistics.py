@@ -8,19 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..model import layerwise
+from ..model import experts, layerwise
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.layerwise import OUTPUT
-from ..model.sites import Site, consumer, input_axis, output_axis, tensor_of
+from ..model.patches import area, made_rows, read_rows, times_gate
+from ..model.sites import Site, consumer, input_axis, tensor_of
 from ..model.weights import quiet
 from ..plan import Where
 from .criteria import Criterion, SiteStatistics
+from .experts import ExpertSums, expert_statistics
 from .losses import example_losses, predicts_tokens, with_drawn_labels
 
 if TYPE_CHECKING:
@@ -28,16 +31,14 @@ if TYPE_CHECKING:
 
 
 def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook that multiplies each unit's columns by its gate. gate: [B, U], or [1, U] for all examples.
+    """A forward pre-hook that multiplies each unit's columns or channels by its gate. gate: [B, U], or [1, U] for
+    all examples.
 
     The product is formed in fp32, so that the gate's gradient is accumulated in fp32 whatever the model's dtype.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        examples, units = gate.shape
-        gated = x.float().reshape(examples, -1, units, x.shape[-1] // units) * gate.to(x.device)[:, None, :, None]
-        return (gated.reshape(x.shape).to(x.dtype), *args[1:])
+        return (times_gate(module, args[0], gate).to(args[0].dtype), *args[1:])
 
     return hook
 
@@ -45,16 +46,17 @@ def gate_hook(gate: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tupl
 @contextlib.contextmanager
 def gated(model: nn.Module, gates: Mapping[Where, torch.Tensor], sites: Sequence[Site]) -> Iterator[None]:
     """Install a gate on the consumer of every site in `gates`; hooks are gone afterwards, also after an error."""
-    handles = [
-        consumer(model, site).register_forward_pre_hook(gate_hook(gates[site.key]))
-        for site in sites
-        if site.key in gates
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for site in (site for site in sites if site.key in gates):
+            gate, linear = gates[site.key], consumer(model, site)
+            if site.routed:
+                stack.enter_context(experts.gated(linear, gate))
+            else:
+                stack.callback(linear.register_forward_pre_hook(gate_hook(gate)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+Found = dict[str, Any]
 
 
 @dataclass
@@ -97,13 +99,13 @@ def _output_gradients(
     model: nn.Module, sites: Sequence[Site], squares: dict[Where, torch.Tensor], products: Mapping[Where, torch.Tensor]
 ) -> Iterator[None]:
     def watch(key: Where) -> Any:
-        def keep(gradient: torch.Tensor) -> None:
-            rows = gradient.float().flatten(0, -2)
+        def keep(module: nn.Module, gradient: torch.Tensor) -> None:
+            rows = made_rows(module, gradient).float().flatten(0, -2)
             squares[key] = rows.square().sum(-1)
             if key in products:
                 products[key].addmm_(rows.T, rows)
 
-        return lambda module, args, output: output.register_hook(keep) and None
+        return lambda module, args, output: output.register_hook(partial(keep, module)) and None
 
     handles = [consumer(model, site).register_forward_hook(watch(site.key)) for site in sites]
     try:
@@ -148,8 +150,9 @@ def statistics(
     criterion: Criterion,
     seed: int,
     ranks: Ranks = ALONE,
-) -> Iterator[tuple[Site, SiteStatistics]]:
-    """What the criterion needs, site by site; second moments of one layer at a time.
+) -> Iterator[tuple[Site, list[SiteStatistics]]]:
+    """What the criterion needs, site by site (of experts' neurons: expert by expert); second moments of one layer at a
+    time.
 
     Args:
         axes: the axis by whose units each site is scored.
@@ -161,22 +164,23 @@ def statistics(
         ranks = ALONE  # less work than processes: each does it all
     with quiet(model):
         gates = _gates(model, sites, units, batches, criterion, generator, ranks) if criterion.needs_loss else {}
-        for site, moments in _moments(model, sites, batches, criterion.needs, ranks):
-            weight = consumer(model, site).weight.detach().float()
-            yield (
-                site,
-                SiteStatistics(
-                    units=units[site.key],
-                    weight=(weight.T if input_axis(consumer(model, site)) == 0 else weight).cpu(),
-                    weight_square=_weight_squares(model, site, axes[site.key]).cpu(),
-                    generator=generator,
-                    **gates.pop(site.key, {}),
-                    **moments,
-                ),
-            )
+        for site, moments in _moments(model, sites, axes, batches, criterion, ranks):
+            found = {"generator": generator, **gates.pop(site.key, {}), **moments}
+            if site.routed:
+                yield site, expert_statistics(model.get_submodule(site.path), site, axes[site.key], found)
+            else:
+                yield site, [_of_matrix(model, site, axes[site.key], found)]
 
 
-Found = dict[str, Any]
+def _of_matrix(model: nn.Module, site: Site, axis: str, found: Found) -> SiteStatistics:
+    linear = consumer(model, site)
+    weight = linear.weight.detach().float()
+    return SiteStatistics(
+        units=site.sizes[axis],
+        weight=(weight.T if input_axis(linear) == 0 else weight.flatten(1)).cpu(),
+        weight_square=_weight_squares(model, site, axis).cpu(),
+        **found,
+    )
 
 
 def _gates(
@@ -195,9 +199,7 @@ def _gates(
     }
     outputs = {}
     for site in sites if "outputs" in criterion.needs else ():
-        linear = consumer(model, site)
-        width = linear.weight.shape[output_axis(linear)]
-        outputs[site.key] = torch.zeros(width, width, device=model.device)
+        outputs[site.key] = torch.zeros(site.hidden, site.hidden, device=model.device)
     each: dict[Where, list[torch.Tensor]] = {site.key: [] for site in sites}
     # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
     weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
@@ -227,15 +229,28 @@ def _gates(
 
 
 def _moments(
-    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], needs: Sequence[str], ranks: Ranks
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    axes: Mapping[Where, str],
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    ranks: Ranks,
 ) -> Iterator[tuple[Site, Found]]:
-    if "gram" in needs or "moments" in needs:
-        return _walk(model, sites, ranks.mine(batches), "gram" in needs, ranks)
-    return ((site, {}) for site in sites)
+    """Moments of the consumers' inputs, where the criterion reads them; of experts always (whether they see any)."""
+    read = {"gram", "moments"} & {*criterion.needs}
+    walked = [site for site in sites if read or (site.routed and criterion.needs)]
+    yield from ((site, {}) for site in sites if site not in walked)
+    if walked:
+        yield from _walk(model, walked, axes, ranks.mine(batches), "gram" in criterion.needs, ranks)
 
 
 def _walk(
-    model: PreTrainedModel, sites: Sequence[Site], batches: Sequence[Batch], full: bool, ranks: Ranks
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    axes: Mapping[Where, str],
+    batches: Sequence[Batch],
+    full: bool,
+    ranks: Ranks,
 ) -> Iterator[tuple[Site, Found]]:
     """Moments of every consumer's input in the dense stream, one layer at a time."""
     for stack in dict.fromkeys(site.stack for site in sites):
@@ -246,15 +261,22 @@ def _walk(
         progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
         for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
             here = [site for site in sites if site.path == path]
-            found = {site.key: Sums(site.columns, model.device, full) for site in here}
+            found = {site.key: _sums(model, site, axes[site.key], full) for site in here}
             for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
                 seen = layerwise.run(layer, state, arguments, inputs_of=[site.consumer for site in here])
                 stream.states[index] = seen[OUTPUT]
                 for site in here:
                     if site.consumer in seen:
-                        found[site.key].add(rows_of(seen[site.consumer], masks[index]))
+                        x, module = seen[site.consumer], layer.get_submodule(site.consumer)
+                        found[site.key].see(x if site.routed else read_rows(module, x), masks[index])
             for site in here:
                 yield site, found.pop(site.key).means(ranks)
+
+
+def _sums(model: PreTrainedModel, site: Site, axis: str, full: bool) -> Any:
+    if site.routed:
+        return ExpertSums(consumer(model, site), axis == site.outer.name, full)
+    return Sums(site.columns * area(consumer(model, site)), model.device, full)
 
 
 class Sums:
@@ -265,6 +287,10 @@ class Sums:
         self.total = torch.zeros(columns, device=device)
         self.square = torch.zeros(columns, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if full else None
+
+    def see(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """x: [B, T, K] or [B*T, K]; mask: of real tokens, [B*T]."""
+        self.add(rows_of(x, mask))
 
     def add(self, x: torch.Tensor) -> None:
         """x: [n, K]"""

@@ -57,8 +57,8 @@ class PruningCallback(TrainerCallback):
             )
         check_units(
             pruning,
-            ("layers", "tokens"),
-            "PruningCallback masks heads and neurons. Use PruningTrainer for layers, prune() for tokens",
+            ("layers", "tokens", "hidden"),
+            "PruningCallback masks heads and neurons. Use PruningTrainer for layers and hidden, prune() for tokens",
         )
         if pruning.metric == "latency":
             raise ValueError("metric='latency': PruningCallback counts 'macs' or 'params'; use PruningTrainer.")
@@ -122,6 +122,11 @@ class PruningCallback(TrainerCallback):
 
     def _start(self, model: Any) -> None:
         anatomy: Anatomy = describe(model)
+        if any(site.routed for site in anatomy.sites):
+            raise ValueError(
+                f"PruningCallback masks what one matrix reads, and this {anatomy.model_type} has experts. "
+                "PruningTrainer cuts them."
+            )
         self._anatomy, self._align = anatomy, self.pruning.align or default_align(anatomy, model.device.type)
         units = choose_units(anatomy, self.pruning)
         sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}

@@ -7,18 +7,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoint.history import history_of
 from ..config import DistillationConfig
 from ..model.lookup import family_of
 from ..model.sites import find_sites
+from ..model.wide import HIDDEN as STREAM
 from ..score.losses import has_head, is_causal_lm
 from .distill import layer_map
+
+WIDTHS = ("hidden_size", "hidden_sizes", "depth_multiplier")  # the last ones of models of stages, and of MobileNet
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
     """Raise ValueError unless the student can learn from the teacher what the settings ask for.
 
     Both must read the same inputs. For its logits the teacher needs the same kind of head and the same labels or
-    vocabulary, for its hidden states and attention the same hidden width and enough layers.
+    vocabulary, for its hidden states and attention enough layers and the same hidden width, or the one that the
+    student's was cut from.
     """
     if config.logits_weight:
         _check_space(student, teacher)
@@ -107,9 +112,23 @@ def _depths(model: PreTrainedModel) -> dict[str, int]:
 
 def _check_width(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where hidden states cannot be compared."""
-    ours, theirs = (model.config.get_text_config().hidden_size for model in (student, teacher))
-    if ours != theirs:
+    ours, theirs = map(_width, (student, teacher))
+    if ours != theirs and channels_in(student, theirs) is None:
         raise ValueError(
-            f"The teacher's hidden states are {theirs} wide, the student's {ours}: they cannot be compared. Set "
-            "hidden_weight=0 and attention_weight=0."
+            f"The teacher's hidden states are {theirs} wide, the student's {ours}, and no plan says which channels "
+            "those are: they cannot be compared. Set hidden_weight=0 and attention_weight=0."
         )
+
+
+def _width(model: PreTrainedModel) -> Any:
+    """What the config says of the width of the hidden states: a number, or one for each stage."""
+    config = model.config.get_text_config()
+    said = (getattr(config, key, None) for key in WIDTHS)
+    return next((width for width in said if width is not None), None)
+
+
+def channels_in(student: PreTrainedModel, width: int) -> list[int] | None:
+    """The channels of a teacher's stream that a narrower student has kept of it; None: no plan says so."""
+    earlier = history_of(student)
+    kept = earlier and earlier.plan.get(STREAM)
+    return list(kept.kept) if kept and kept.of == width else None

@@ -24,7 +24,7 @@ from ..plan import Where
 from ..score.losses import predictions
 from .arguments import opened
 from .distill import divergence, layer_map, relative_error
-from .fit import check_teacher
+from .fit import channels_in, check_teacher
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,7 +147,18 @@ class Teacher:
             depth, other_depth = (sum((key[0], key[2]) == (stack, kind) for key in seen) for seen in (ours, theirs))
             mask = token_mask(student, batch, stack)
             for layer, other in enumerate(layer_map(depth, other_depth, self.config.layer_map)):
-                yield ours[stack, layer, kind], theirs[stack, other, kind], mask
+                yield (
+                    ours[stack, layer, kind],
+                    _alike(student, ours[stack, layer, kind], theirs[stack, other, kind]),
+                    mask,
+                )
+
+
+def _alike(student: PreTrainedModel, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """The teacher's states at the channels that a narrower student has."""
+    if ours.shape[-1] == theirs.shape[-1]:
+        return theirs
+    return theirs[..., channels_in(student, theirs.shape[-1])]
 
 
 def _copy(student: PreTrainedModel) -> PreTrainedModel:

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..axes import Axis, Count, Family, NormPlace, Part, Stack, Stock, Sublayer, made_by, read_by
-from .words import QKV_OUT, QKVO, attention, ffn, fused_attention, grouped_heads, heads, layers, neurons
+from .words import (
+    QKV_OUT,
+    QKVO,
+    attention,
+    experts,
+    ffn,
+    fused_attention,
+    grouped_heads,
+    heads,
+    layers,
+    narrowing,
+    neurons,
+)  # fmt: skip
 
 GATED = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -157,7 +169,7 @@ def neurons_alone(model_type: str, path: str, axis: Axis | str, up: str, down: s
 
 
 def experts_among(model_type: str, *others: Sublayer, more: tuple[Part, ...] = (), stock: Stock = "any") -> Family:
-    """Llama's attention before experts, which are left whole, or (in some layers) before a dense FFN."""
+    """Llama's attention before experts, or (in some layers) before a dense FFN."""
     return decoder(model_type, "layers", llama_attention(stock, more=more), *others)
 
 
@@ -183,6 +195,18 @@ def dense_among() -> Sublayer:
     return llama_ffn(count=False, optional=True)
 
 
+def beside_shared(model_type: str, attention: Sublayer, count: str, shared: str, **options: str) -> Family:
+    """Experts beside shared ones, which are one FFN as wide as several of them; dense layers in front.
+
+    `shared`: key of how many.
+    """
+    axis = replace(neurons("moe_intermediate_size"), times=shared, step=8)
+    at = "mlp.shared_experts"
+    beside = ffn(axis, [f"{at}.gate_proj", f"{at}.up_proj"], f"{at}.down_proj", kind="shared_ffn", optional=True)
+    mixed = experts(count, "moe_intermediate_size", **options)  # type: ignore[arg-type]
+    return decoder(model_type, "layers", attention, dense_among(), mixed, beside)
+
+
 def shared_expert() -> Sublayer:
     at = "mlp.shared_expert"
     ups, down = (f"{at}.gate_proj", f"{at}.up_proj"), f"{at}.down_proj"
@@ -202,15 +226,21 @@ def lfm2() -> Family:
     return decoder("lfm2", "layers", llama_attention("any", output="out_proj", optional=True), neurons_)
 
 
+QWEN_EXPERTS = ("num_experts", "moe_intermediate_size")
 INNER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 DECODERS = (
-    gpt2(),
-    opt_like("opt", "decoder.layers", "ffn_dim", post_norm_unless="do_layer_norm_before"),
+    narrowing(gpt2(), "n_embd"),
+    narrowing(
+        opt_like("opt", "decoder.layers", "ffn_dim", post_norm_unless="do_layer_norm_before"),
+        "hidden_size",
+        "word_embed_proj_dim",
+    ),
     opt_like("biogpt", "layers", "intermediate_size"),
     opt_like("xglm", "layers", "ffn_dim", "attention_heads", "self_attn.embed_dim"),
-    llama_like("llama", "divisors", as_model_type="mistral"),
-    *map(llama_like, ("mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo", "cohere", "cohere2")),
+    narrowing(llama_like("llama", "divisors", as_model_type="mistral")),
+    *(narrowing(llama_like(name)) for name in ("mistral", "qwen2", "qwen3", "granite", "smollm3")),
+    *map(llama_like, ("olmo", "cohere", "cohere2")),
     *map(llama_like, ("seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral", "ministral3", "cwm")),
     llama_like("gemma", offset=1.0),
     llama_like("helium", "none"),  # its output projection is as wide as the stream
@@ -237,14 +267,23 @@ DECODERS = (
     neurons_alone("bloom", "h", neurons("n_inner", "none"), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", depth="n_layer"),
     # one norm spans the queries of all heads: with fewer of them it gives other values
     *(decoder(name, "layers", llama_ffn(INNER[1])) for name in ("olmo2", "olmo3")),
-    *map(experts_among, ("mixtral", "granitemoe")),
-    experts_among("qwen2_moe", dense_among(), shared_expert()),
-    experts_among("qwen3_moe", dense_among()),
-    *(experts_among(name, dense_among()) for name in ("glm4_moe", "ernie4_5_moe", "hy_v3")),
-    experts_among("gpt_oss", more=sinks()),
-    decoder("deepseek_v3", "layers", latent_attention(), dense_among()),  # shared experts have no key
+    experts_among("mixtral", experts("num_local_experts", "intermediate_size")),
+    experts_among("granitemoe", experts("num_local_experts", "intermediate_size", "block_sparse_moe", "router")),
+    experts_among("qwen2_moe", dense_among(), shared_expert(), experts(*QWEN_EXPERTS)),
+    experts_among("qwen3_moe", dense_among(), experts(*QWEN_EXPERTS)),
+    beside_shared("glm4_moe", llama_attention(), "n_routed_experts", "n_shared_experts", split="n_group"),
+    beside_shared("ernie4_5_moe", llama_attention(), "moe_num_experts", "moe_num_shared_experts", routed="moe_k"),
+    beside_shared("hy_v3", llama_attention(), "num_experts", "num_shared_experts"),
+    beside_shared("deepseek_v3", latent_attention(), "n_routed_experts", "n_shared_experts", split="n_group"),
+    experts_among(
+        "gpt_oss",
+        experts(
+            "num_local_experts", "intermediate_size", router="router", interleaved=True, columns="intermediate_size"
+        ),
+        more=sinks(),
+    ),
     qwen3_5("qwen3_5_text", llama_ffn()),
-    qwen3_5("qwen3_5_moe_text", shared_expert()),
-    qwen3_5("qwen3_next", dense_among(), shared_expert()),
+    qwen3_5("qwen3_5_moe_text", shared_expert(), experts(*QWEN_EXPERTS)),
+    qwen3_5("qwen3_next", dense_among(), shared_expert(), experts(*QWEN_EXPERTS)),
     lfm2(),
 )

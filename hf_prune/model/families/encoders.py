@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..axes import Count, Family, NormPlace, Part, Stack, Sublayer, made_by
-from .words import attention, ffn, fused_attention, grouped_heads, heads, layers
+from .words import attention, ffn, fused_attention, grouped_heads, heads, layers, narrowing
 
 SELF = ("self.query", "self.key", "self.value", "output.dense")
 SELF_COUNTS = (
@@ -112,7 +112,9 @@ def eurobert() -> Family:
 
 
 ENCODERS = (
-    *map(bert_like, ("bert", "roberta", "electra", "xlm-roberta", "camembert", "data2vec-text", "ernie")),
+    *(narrowing(bert_like(name)) for name in ("bert", "roberta", "xlm-roberta", "camembert", "ernie")),
+    narrowing(bert_like("electra"), "hidden_size", "embedding_size"),
+    bert_like("data2vec-text"),
     *map(bert_like, ("bert-generation", "layoutlm", "rembert", "roc_bert", "roformer", "splinter", "markuplm")),
     *(bert_like(name, "") for name in ("xlm-roberta-xl", "roberta-prelayernorm", "megatron-bert")),
     distilbert(),

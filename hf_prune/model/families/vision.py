@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ..axes import Count, Family, Part, Parts, Stock, Sublayer
+from collections.abc import Callable
+
+from ..axes import Axis, Count, Family, Part, Parts, Stack, Stock, Sublayer
 from .encoders import bert_ffn, encoder
-from .words import QKV_OUT, attention, ffn, heads, neurons, tower
+from .words import QKV_OUT, attention, ffn, heads, layers, narrowing, neurons, tower
 
 
 def vit_attention(stock: Stock = "any", count: str = "num_attention_heads", more: Parts = ()) -> Sublayer:
@@ -64,8 +66,77 @@ def two_towers(model_type: str, stock: Stock = "any") -> Family:
     return Family(model_type, (text, tower(clip_tower("", stock), "vision", "vision_model", "vision_config")))
 
 
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+STAGES = 6  # at most; four in what is published
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+def channels(config: str, width: str = "", aligned: bool = True) -> Axis:
+    """Channels between two convolutions, which no key of a config can say."""
+    return Axis("channels", config, "none", width, aligned=aligned)
+
+
+def normed(path: str, name: str = "convolution") -> Parts:
+    """The channels that a convolution makes, with the batch norm behind it."""
+    norm = (Part(f"{path}.normalization.{each}", 0, ("channels",), "carries") for each in STATISTICS)
+    bias = Part(f"{path}.{name}.bias", 0, ("channels",), "carries", optional=True)
+    return (Part(f"{path}.{name}.weight", 0, ("channels",)), bias, *norm)
+
+
+def taken_by(path: str) -> Parts:
+    return (Part(f"{path}.convolution.weight", 1, ("channels",), "reads"),)
+
+
+def staged(model_type: str, row: Callable[[str], tuple[Sublayer, ...]]) -> Family:
+    """A stack for each stage, whose layers stay. `row`: the sublayers, given the stage's name."""
+    names = [f"stage{i + 1}" for i in range(STAGES)]
+    stacks = tuple(Stack(n, f"encoder.stages.{i}.layers", layers(""), row(n)) for i, n in enumerate(names))
+    return Family(model_type, stacks, tokens=None, maps=True)
+
+
+def resnet_layer(stage: str) -> tuple[Sublayer, ...]:
+    """Two convolutions, or three, with channels of the layer's own between them."""
+    axis = (channels(f"{stage}_channels"),)
+    first = Sublayer("convolution", axis, (*normed("layer.0"), *taken_by("layer.1")))
+    second = Sublayer("second_convolution", axis, (*normed("layer.1"), *taken_by("layer.2")), optional=True)
+    return first, second
+
+
+def regnet_layer(stage: str) -> tuple[Sublayer, ...]:
+    """The groups of the middle one of three convolutions, whole; in Y layers a gate for each channel reads them, too,
+    and makes as many."""
+    axis = channels(f"{stage}_groups", "layer.1.convolution.weight", aligned=False)
+    gate, own = "layer.2.attention", ("channels",)
+    gated = (
+        *taken_by("layer.3"),
+        Part(f"{gate}.0.weight", 1, own, "reads"),
+        Part(f"{gate}.2.weight", 0, own),
+        Part(f"{gate}.2.bias", 0, own, "carries"),
+    )
+    made = (*normed("layer.0"), *normed("layer.1"))
+    plain = Sublayer("convolution", (axis,), (*made, *taken_by("layer.2")), optional=True)
+    return plain, Sublayer("convolution", (axis,), (*made, *gated), optional=True)
+
+
+def mobilenet_v2() -> Family:
+    """The channels that a layer expands to: each goes through a kernel of its own before the next one reads it."""
+    made = (*normed("expand_1x1"), *normed("conv_3x3"))
+    row = Sublayer("convolution", (channels("expanded_channels"),), (*made, *taken_by("reduce_1x1")))
+    return Family("mobilenet_v2", (Stack("encoder", "layer", layers(""), (row,)),), tokens=None, maps=True)
+
+
+def convnext_layer(stage: str) -> tuple[Sublayer, ...]:
+    return (ffn(neurons(f"{stage}_neurons", "none"), ["pwconv1"], "pwconv2"),)
+
+
 VISION = (
-    *map(vit_like, ("vit", "deit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")),
+    staged("resnet", resnet_layer),
+    staged("regnet", regnet_layer),
+    staged("convnext", convnext_layer),
+    mobilenet_v2(),
+    *(narrowing(vit_like(name)) for name in ("vit", "deit")),
+    *map(vit_like, ("vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")),
     vit_like("beit", distances("relative_position_bias")),
     *map(old_vit, ("yolos", "data2vec-vision")),
     *map(dinov2, ("dinov2", "dinov2_with_registers")),

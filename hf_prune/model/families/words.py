@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..axes import Argument, Axis, Count, Family, NormPlace, Part, Parts, Stack, Stock, Sublayer, made_by, read_by
 
@@ -20,6 +21,11 @@ def grouped_heads(config: str, kv_config: str, width: str, stock: Stock) -> tupl
     """KV heads with the query heads that share them, and those query heads."""
     inner = replace(heads(config, width, stock), alias="")
     return Axis("kv_groups", kv_config, stock, width, "head_dim"), inner
+
+
+def narrowing(row: Family, config: str = "hidden_size", *also: str) -> Family:
+    """The row whose stream may be narrower. `also`: keys of other widths, where they are the same."""
+    return replace(row, hidden=Axis("hidden", config, aligned=True, also=also))
 
 
 def neurons(config: str, stock: Stock = "any") -> Axis:
@@ -125,6 +131,50 @@ def ffn(
     )
 
 
+def experts(
+    count: str,
+    width: str,
+    module: str = "mlp",
+    router: str = "gate",
+    *,
+    routed: str = "num_experts_per_tok",
+    split: str = "",
+    stock: Stock = "any",
+    interleaved: bool = False,
+    columns: str = "intermediate_dim",
+) -> Sublayer:
+    """Experts in three-dimensional tensors, each token sent to some of them by a router, and the neurons of each.
+
+    `stock`: widths that the config can say; `interleaved`: weights are [in, out], gate and up of a neuron lie together;
+    `columns`: the attribute that gives the width.
+    """
+    both = (
+        Axis("experts", count, routed=routed, split=split, repeated=("num_experts",)),
+        Axis("neurons", width, stock, aligned=True, each=True, step=8),
+    )
+    at, inputs = f"{module}.experts", 1 if interleaved else 2
+    up: dict[str, Any] = {"axes": ("neurons",), "times": 2} if interleaved else {"axes": ("neurons", "neurons")}
+    biases = (f"{router}.e_score_correction_bias", "e_score_correction_bias", f"{router}.bias")
+    parts = (
+        Part(f"{module}.{router}.weight", 0, ("experts",), "routes"),
+        *(Part(f"{module}.{bias}", 0, ("experts",), "routes", optional=True) for bias in biases),
+        Part(f"{module}.{router}.moe_statics.e_score_correction_bias", 1, ("experts",), "routes", optional=True),
+        Part(f"{at}.gate_up_proj", 0, ("experts",)),
+        Part(f"{at}.gate_up_proj", 3 - inputs, **up, within="experts"),
+        Part(f"{at}.gate_up_proj_bias", 0, ("experts",), "carries", optional=True),
+        Part(f"{at}.gate_up_proj_bias", 1, **up, role="carries", within="experts", optional=True),
+        Part(f"{at}.down_proj", 0, ("experts",), "carries"),
+        Part(f"{at}.down_proj", inputs, ("neurons",), "reads", within="experts"),
+        Part(f"{at}.down_proj_bias", 0, ("experts",), "carries", optional=True),
+    )
+    counts = (
+        Count(f"{at}.num_experts", "experts"),
+        Count(f"{module}.{router}.num_experts", "experts"),
+        Count(f"{at}.{columns}", "neurons", "each"),
+    )
+    return Sublayer("experts", both, parts, counts, optional=True)
+
+
 def tower(row: Family, name: str, path: str, config: str) -> Stack:
     """The only stack of a known row, inside a larger model: under a module's path, sized by a config inside its own."""
     (stack,) = row.stacks
@@ -135,5 +185,7 @@ def tower(row: Family, name: str, path: str, config: str) -> Stack:
 
 
 def _inside(axis: Axis, config: str) -> Axis:
-    width = f"{config}.{axis.width_config}" if axis.width_config else ""
-    return replace(axis, config=f"{config}.{axis.config}", width_config=width)
+    """The axis with all keys inside that config."""
+    keys = {name: getattr(axis, name) for name in ("config", "width_config", "times", "routed", "split")}
+    inside: dict[str, Any] = {name: f"{config}.{key}" for name, key in keys.items() if key}
+    return replace(axis, **inside)
