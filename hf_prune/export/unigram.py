@@ -1,7 +1,8 @@
 """A Unigram tokenizer (T5, XLM-R and language models in their manner) as llama.cpp keeps it: pieces and their scores.
 
 llama.cpp normalises with the table of characters that the tokenizer brings, puts a mark for each space, and finds the
-pieces that score highest together.
+pieces that score highest together. Where several spaces are read as one, it also drops the space at the end of a text
+and before an added token, which transformers' tokenizers keep.
 """
 
 from __future__ import annotations
