@@ -117,11 +117,16 @@ def _of_the_stream(sites: list[Site]) -> dict[str, int]:
 def _form(config: Any, family: Family, sites: list[Site], dense: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The plainest form that can say these sizes, and what the entry needs besides."""
     if not (_is_uniform(sites) and _accepts(config, sites)):
-        if tells_layers(config, family):
+        if tells_layers(config, family) and all(_is_uniform(here) for here in _by_layer(sites)):
             return "per_layer", {}
         return "per_layer", {"layers": {f"{s.stack}.{s.layer}.{s.kind}": s.values for s in sites}}
     cut = {axis.stock for site in sites for axis in site.row.axes if site.values[axis.config] != dense[axis.config]}
     return "uniform" if "none" in cut else "stock", {}
+
+
+def _by_layer(sites: list[Site]) -> list[list[Site]]:
+    """Where two sites of a layer say other numbers by one key, as shared experts may, a layer's config says but one."""
+    return [[site for site in sites if site.path == path] for path in dict.fromkeys(site.path for site in sites)]
 
 
 def _accepts(config: Any, sites: list[Site]) -> bool:
