@@ -342,8 +342,9 @@ def test_units_that_cannot_go_say_why():
 
 
 def test_a_model_of_which_nothing_is_proven():
-    model = transformers.ResNetModel(transformers.ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64]))
-    with pytest.raises(ValueError, match=r"no family row for model_type 'resnet'.*To add one.*register_family"):
+    sizes = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+    model = transformers.SwinModel(transformers.SwinConfig(**sizes))
+    with pytest.raises(ValueError, match=r"no family row for model_type 'swin'.*To add one.*register_family"):
         describe(model)
 
 

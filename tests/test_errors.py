@@ -38,12 +38,12 @@ def refused(model, match, config=None, data=None, **more):
 
 def test_unknown_family():
     """A model that has no row, and of which none can be derived."""
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], stage_names=None)
-    model = transformers.ResNetForImageClassification(config)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+    )
+    model = transformers.SwinForImageClassification(config)
     before = snapshot(model)
-    with pytest.raises(
-        ValueError, match=r"no family row for model_type 'resnet', and none could be derived.*To add one"
-    ):
+    with pytest.raises(ValueError, match=r"no family row for model_type 'swin', and none could be derived.*To add one"):
         prune(model, [{"pixel_values": torch.ones(8, 3, 32, 32)}])
     assert list(changed(before, model)) == []
 
@@ -147,7 +147,7 @@ def test_unknown_choices(field, value):
         PruningConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("units", "match"), [(["experts"], "units='experts'"), ([], "name at least one of")])
+@pytest.mark.parametrize(("units", "match"), [(["expert"], "units='expert'"), ([], "name at least one of")])
 def test_unknown_units(units, match):
     with pytest.raises(ValueError, match=match):
         PruningConfig(units=units)
