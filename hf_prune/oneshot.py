@@ -189,11 +189,9 @@ def analyze(
         if alone:
             _check_reachable(anatomy, config, units, align, table)
     axes, criterion = _axes(anatomy, units), CRITERIA[str(config.criterion)]
-    free, follow = (
-        _free(anatomy, units),
-        follow_the_stream(anatomy, units),
-    )  # else only layers, tokens or channels may go
-    scored = [site for site in anatomy.sites if (free or follow) and (not criterion.of or axes[site.key] in free)]
+    free = _free(anatomy, units)
+    any_may = free or follow_the_stream(anatomy, units)  # else only layers, tokens or channels
+    scored = [site for site in anatomy.sites if any_may and (not criterion.of or axes[site.key] in free)]
     found = scores_of(model, scored, axes, batches, criterion, config.calibration_seed, ranks) if scored else Scores()
     alike = {site.key: torch.ones(site.sizes[axes[site.key]]) for site in anatomy.sites if site not in scored}
     found.scores.update(alike)

@@ -28,8 +28,8 @@ FLAGS = {
     "check": "--debug --help --revision --task --trust-remote-code",
     "families": "--debug --help --json --markdown --prove --save",
     "prune": (
-        "--align --allocation --batch-norm --calibration-samples --calibration-seed --candidates --criterion --data --debug "
-        "--device-map --dry-run --dtype --help --keep --label-column --latency-batch-size --layer-criterion "
+        "--align --allocation --batch-norm --calibration-samples --calibration-seed --candidates --criterion --data "
+        "--debug --device-map --dry-run --dtype --help --keep --label-column --latency-batch-size --layer-criterion "
         "--max-tokens --metric --min-count --model-type --out --overwrite --preset --remote-code --repair --revision "
         "--scope --sequence-length --shapes --split --task --text-column --tokenizer --units --vocabulary"
     ),

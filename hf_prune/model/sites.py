@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -228,15 +228,18 @@ def find_sites(model: Any, family: Family) -> list[Site]:
         for row in stack.sublayers
         if not row.optional or _has(layer, row)
     ]
-    return [replace(site, elsewhere=_counted_before(site, found)) for site in found]
+    return list(_each_counted_once(found))
 
 
-def _counted_before(site: Site, sites: Sequence[Site]) -> frozenset[str]:
-    """The tensors of a site that one before it in its layer has too: a convolution between two others, whose inputs are
-    units of the one, and whose outputs are units of the other."""
-    earlier = sites[: sites.index(site)] if site.row.optional else []
-    theirs = {part.tensor for other in earlier if other.path == site.path for part in other.parts}
-    return frozenset(theirs & {part.tensor for part in site.parts if part.tensor.endswith(".convolution.weight")})
+def _each_counted_once(sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites, each with the matrices that one before it in its layer has too: a convolution between two others,
+    whose inputs are units of the one, and whose outputs are units of the other."""
+    known: dict[str, set[str]] = {}  # path of a layer -> matrices
+    for site in sites:
+        before = known.setdefault(site.path, set())
+        matrices = {part.tensor for part in site.parts if part.role != "carries"}
+        yield replace(site, elsewhere=frozenset(before & matrices))
+        before |= matrices
 
 
 def find_stacks(model: Any, family: Family) -> tuple[Extent, ...]:
