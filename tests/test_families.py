@@ -81,7 +81,7 @@ def half(site):
 def test_stock_where_the_row_says_so(family, tmp_path):
     model = tiny_model(family)
     # shared experts are as wide as the others, of which half go whole
-    sites = [keep(site) if site.inner.times else half(site) for site in describe(model).sites]
+    sites = [keep(site) if site.inner.multiple else half(site) for site in describe(model).sites]
     if all(site.is_identity for site in sites):
         pytest.skip("no axis that the stock config can size")
     cut_as_masked(model, PruningPlan(family, tuple(sites)), tmp_path)

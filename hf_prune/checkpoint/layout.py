@@ -293,7 +293,7 @@ def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
 def _shrink_(model: nn.Module, site: Site, values: Mapping[str, int]) -> None:
     """Cut a site to as many units as the config gives it: the first ones, whose weights are loaded next."""
     groups, units = (values[axis.config] for axis in (site.outer, site.inner))
-    units *= groups if site.inner.each else site.times
+    units *= groups if site.inner.each else site.multiple
     if groups > site.sizes[site.outer.name] or units % groups or units // groups > site.share:
         told = ", ".join(f"{values[axis.config]} {axis.name} of {site.sizes[axis.name]}" for axis in site.row.axes)
         raise ValueError(f"The config gives {site.name} {told} when dense, which no cut leaves. {RESTORE}")

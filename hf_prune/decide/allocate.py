@@ -174,7 +174,7 @@ def _ranking(
     if split:
         counts = [(groups, r) for r in outer or [each]]
     elif each == 1 and free:
-        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align, times=site.times)]
+        counts = [(g, 1) for g in outer or _allowed(site.inner, groups, align, multiple=site.multiple)]
     else:
         counts = [(g, r) for g in outer or [groups] for r in inner]
     of_each = site.sizes[site.inner.name] // len(scores)
@@ -186,9 +186,9 @@ def _ranking(
     return Ranking(unit, scores.reshape(groups, each), tuple(counts))
 
 
-def _allowed(axis: Axis, of: int, align: int, least: int = 1, times: int = 1) -> list[int]:
-    """The counts that an axis of so many units may take, where the config counts every `times`-th."""
-    step = math.lcm(align if axis.aligned else 1, axis.step) * times
+def _allowed(axis: Axis, of: int, align: int, least: int = 1, multiple: int = 1) -> list[int]:
+    """The counts that an axis of so many units may take, where the config counts every `multiple`-th."""
+    step = math.lcm(align if axis.aligned else 1, axis.step) * multiple
     return [count for count in (*range(step, of, step), of) if count >= least]
 
 

@@ -34,7 +34,7 @@ class Axis:
     fixed: tuple[int, ...] = ()  # units that always stay
     also: tuple[str, ...] = ()  # keys that must say the same number, though they size nothing
     each: bool = False  # the key counts the units in each unit of the outer axis
-    times: str = ""  # key of how often there are as many units as the axis's own key says: shared experts in one
+    multiple: str = ""  # key of how often there are as many units as the axis's own key says: shared experts in one
     step: int = 1  # counts are multiples of it, whatever `PruningConfig.align` says
     routed: str = ""  # key of how many units a token goes through: as many must stay, and they alone cost multiply-adds
     split: str = ""  # key of how many groups the units lie in, one after the other, each of as many units

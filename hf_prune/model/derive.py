@@ -15,10 +15,8 @@ from torch import nn
 from .axes import Axis, Stack, Sublayer
 from .effects import Effect
 from .mixtures import alternatives, mixtures, without
-from .reading import Entry, Layers, Reading, Unknown, is_under
+from .reading import Entry, Layers, Places, Reading, Unknown, is_under
 from .sublayers import HEADS, SIZE, Group, rows_of
-
-Places = dict[tuple[str, int], list[Entry]]  # (stack, layer) -> what is sized there
 
 
 @dataclass(frozen=True)

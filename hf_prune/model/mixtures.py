@@ -12,12 +12,11 @@ from torch import nn
 from .axes import Axis, Count, Part, Stack, Stock, Sublayer
 from .effects import Effect, paths
 from .experts import is_known
-from .reading import Entry, Reading, Unknown, is_under
+from .reading import Entry, Places, Reading, Unknown, is_under
 
 THROUGH = re.compile(r"experts_per_tok|(^|moe_|router_)top_?k(_experts)?$|moe_k$|(selected|active)_experts")
 SPLIT = re.compile(r"^(n_groups?|num_expert_groups?)$")
 STOCK: tuple[Stock, ...] = ("any", "none")  # widths that the config can say
-Places = dict[tuple[str, int], list[Entry]]  # (stack, layer) -> what is sized there
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _row(
 ) -> Sublayer:
     """keys: of how many experts there are, and of their width; `together`: gate and up of a neuron lie side by side."""
     key, width = keys
-    counted, wide = _effect(reading, key), _effect(reading, width)
+    counted, wide = reading.effect(key), reading.effect(width)
     inside = [entry for entry in local[width][place] if is_under(entry[0], home)]
     routed = _key_like(reading, key, THROUGH)
     if not routed:
@@ -149,10 +148,6 @@ def _row(
     parts = [replace(part, optional=not part.within and (part.tensor, part.dim) not in everywhere) for part in parts]
     counts = (*_counts(counted, at, "experts", "units"), *_counts(wide, at, "neurons", "each", home))
     return Sublayer("experts", axes, tuple(parts), counts)
-
-
-def _effect(reading: Reading, key: str) -> Effect:
-    return next(effect for effect in reading.effects if effect.key == key)
 
 
 def _key_like(reading: Reading, key: str, pattern: re.Pattern[str]) -> str:

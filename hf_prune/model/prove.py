@@ -120,9 +120,7 @@ def per_layer(subject: Subject, stacks: Sequence[Stack]) -> str:
         sites = [site for site in found if site.active]
         kept = {site.key: _some(site, site.outer, _own_count(site)) for site in sites}
         small, masked = _cut(subject, sites, sites[0].outer.name, kept)
-        gap = distance(observed(small, list(subject.feeds)), masked)
-        wrong = f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
-        return _silent(subject, masked) or _unmoved(subject, sites) or (wrong if gap > subject.tolerance else "")
+        return _silent(subject, masked) or _unmoved(subject, sites) or _in_place(subject, small, masked)
     except Exception as error:
         return _short(error)
 
@@ -176,9 +174,7 @@ def _differs(subject: Subject, sites: Sequence[Site], axis: Axis) -> str:
     kept = {site.key: _some(site, axis, _units_of(axis, site, counts[site.key])) for site in here}
     small, masked = _cut(subject, here, axis.name, kept)
     if axis.stock == "none":
-        gap = distance(observed(small, list(subject.feeds)), masked)
-        wrong = f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
-        return _silent(subject, masked) or (wrong if gap > subject.tolerance else "")
+        return _silent(subject, masked) or _in_place(subject, small, masked)
     values: dict[str, Any] = {key: value for site in here for key, value in site.said(counts[site.key]).items()}
     values |= {a.width_config: s.widths[a.name] for s in sites for a in s.row.axes if a.width_config}
     config = changed(subject.model.config, values)
@@ -281,12 +277,16 @@ def _unmoved_rows(subject: Subject, parts: Sequence[Part]) -> str:
 
 def _reason(subject: Subject, small: Any, config: Any, wanted: Outputs) -> str:
     """Why a cut model, and the one that is built anew from its config, do not give what is wanted."""
-    feeds = list(subject.feeds)
-    gap = distance(observed(small, feeds), wanted)
-    if gap > subject.tolerance:
-        return f"cut in place, the outputs differ from the masked ones by {gap:.1e}"
-    gap = distance(observed(subject.built(config, small.state_dict()), feeds), wanted)
+    if wrong := _in_place(subject, small, wanted):
+        return wrong
+    gap = distance(observed(subject.built(config, small.state_dict()), list(subject.feeds)), wanted)
     return f"built anew, the outputs differ from the masked ones by {gap:.1e}" if gap > subject.tolerance else ""
+
+
+def _in_place(subject: Subject, small: Any, wanted: Outputs) -> str:
+    """Why a model that is cut in place does not give what is wanted."""
+    gap = distance(observed(small, list(subject.feeds)), wanted)
+    return f"cut in place, the outputs differ from the masked ones by {gap:.1e}" if gap > subject.tolerance else ""
 
 
 def _short(error: Exception) -> str:

@@ -11,6 +11,7 @@ from .effects import Effect, Snapshot
 
 Entry = tuple[str, int]  # (tensor of a layer, dimension)
 Layers = dict[int, dict[str, list[Entry]]]  # layer -> key -> what it sizes there
+Places = dict[tuple[str, int], list[Entry]]  # (stack, layer) -> what is sized there
 
 
 class Unknown(ValueError):
@@ -28,6 +29,9 @@ class Reading:
     numbers: Mapping[str, int] = field(default_factory=dict)  # all sizes in the config, by key
     prefix: str = ""  # of the paths of stacks, which are relative to the base model
     refused: dict[str, list[str]] = field(default_factory=dict)  # units -> reasons
+
+    def effect(self, key: str) -> Effect:
+        return next(effect for effect in self.effects if effect.key == key)
 
     def refuse(self, word: str, reason: object) -> None:
         self.refused.setdefault(word, []).append(str(reason))

@@ -39,7 +39,7 @@ class Site:
     active: bool = True  # False: this model never runs it (cross-attention of a lone decoder)
     has_bias: bool = False  # of the consumer
     routed: int = 0  # units of `outer` that each token goes through; 0: all of them
-    times: int = 1  # units of `inner` for each that the config counts
+    multiple: int = 1  # units of `inner` for each that the config counts
     split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
     applied: Mapping[str, int] = field(default_factory=dict)  # tensor -> positions of an image that it is applied at,
     # where layers work on maps of pixels
@@ -126,7 +126,7 @@ class Site:
         """The config values that describe so many units."""
         outer = max(counts[self.outer.name], 1)
         return {
-            key: counts[axis.name] // (outer if axis.each else self.times if axis.times else 1)
+            key: counts[axis.name] // (outer if axis.each else self.multiple if axis.multiple else 1)
             for axis in self.row.axes
             for key in (axis.config, *axis.also)
         }
@@ -275,7 +275,7 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
     shapes = {path: tuple(tensor.shape) for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     active = all(part.source in (*stacks, "") for part in parts)
     outer, inner = row.axes[0], row.axes[-1]
-    routed, times, split = (raw(config, key) if key else 0 for key in (outer.routed, inner.times, outer.split))
+    routed, multiple, split = (raw(config, key) if key else 0 for key in (outer.routed, inner.multiple, outer.split))
     return Site(
         stack,
         index,
@@ -289,7 +289,7 @@ def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, st
         active,
         has_bias=_consumer_bias(layer, parts),
         routed=routed,
-        times=times or 1,
+        multiple=multiple or 1,
         split=split or 1,
     )
 

@@ -43,7 +43,7 @@ class Group:
         return list(dict.fromkeys(found))
 
     def effect(self, key: str) -> Effect:
-        return next(effect for effect in self.reading.effects if effect.key == key)
+        return self.reading.effect(key)
 
     @property
     def path(self) -> str:

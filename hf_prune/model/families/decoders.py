@@ -200,7 +200,7 @@ def beside_shared(model_type: str, attention: Sublayer, count: str, shared: str,
 
     `shared`: key of how many.
     """
-    axis = replace(neurons("moe_intermediate_size"), times=shared, step=8)
+    axis = replace(neurons("moe_intermediate_size"), multiple=shared, step=8)
     at = "mlp.shared_experts"
     beside = ffn(axis, [f"{at}.gate_proj", f"{at}.up_proj"], f"{at}.down_proj", kind="shared_ffn", optional=True)
     mixed = experts(count, "moe_intermediate_size", **options)  # type: ignore[arg-type]

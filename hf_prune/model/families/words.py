@@ -186,6 +186,6 @@ def tower(row: Family, name: str, path: str, config: str) -> Stack:
 
 def _inside(axis: Axis, config: str) -> Axis:
     """The axis with all keys inside that config."""
-    keys = {name: getattr(axis, name) for name in ("config", "width_config", "times", "routed", "split")}
+    keys = {name: getattr(axis, name) for name in ("config", "width_config", "multiple", "routed", "split")}
     inside: dict[str, Any] = {name: f"{config}.{key}" for name, key in keys.items() if key}
     return replace(axis, **inside)
