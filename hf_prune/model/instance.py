@@ -99,7 +99,8 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
                 weight.add_(noise * 0.1)
         still = {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
         for name, buffer in {**dict(module.named_buffers(recurse=False)), **still}.items():
-            if name in ("running_mean", "running_var") or name.endswith(("bias", "biases")):
+            is_bias = name.endswith(("bias", "biases")) and buffer.numel() == max(buffer.shape)  # GPT's are masks
+            if name in ("running_mean", "running_var") or is_bias:
                 buffer.add_(torch.rand(buffer.shape, generator=generator).to(buffer))
 
 
