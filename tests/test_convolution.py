@@ -15,11 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune import PruningConfig, describe, prune, save_pretrained
 from hf_prune.decide.costs import macs
-from hf_prune.model import patches
+from hf_prune.decide.latency import clock
+from hf_prune.model import patches, prove
 from hf_prune.model.batches import prepare
+from hf_prune.model.families import registered
+from hf_prune.model.feed import feeds
+from hf_prune.model.instance import instance
+from hf_prune.model.lookup import derivation
 from hf_prune.model.sites import consumer
 from hf_prune.plan import PruningPlan
 from hf_prune.repair.running import estimate_
+from hf_prune.report.check import oracle_rows
 from hf_prune.score.statistics import gate_hook, gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens to refit:UserWarning")
@@ -227,6 +233,43 @@ def test_a_budget_is_met_where_two_sites_share_a_matrix():
     data = [tiny_batch(model, 32)]
     prune(model, data, PruningConfig(keep=0.93, shapes="per_layer", align=1, criterion="magnitude", repair="none"))
     assert 0.88 * dense <= counted(model) <= 0.93 * dense
+
+
+@every_model
+def test_latency_is_measured_where_layers_must_stay(name, monkeypatch):
+    monkeypatch.setattr(clock, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "LEVEL_ROUNDS", 1)
+    model = small(name)
+    config = PruningConfig(metric="latency", latency_batch_size=2, shapes="per_layer")
+    anatomy = describe(model)
+    table = clock.measured_table(model, anatomy, config, {s.key: clock.grid_of(s, 4) for s in anatomy.sites})
+    assert table.total(anatomy.sizes) > 0
+    assert table.units.keys() == {site.key for site in anatomy.sites}
+
+
+def test_a_model_in_training_is_described_as_it_is():
+    """One image of one pixel in the last layers is none that batch norms in training take."""
+    model = small("mobilenet_v2").train()
+    mean = model.mobilenet_v2.layer[0].conv_3x3.normalization.running_mean.clone()
+    assert describe(model).sizes == describe(small("mobilenet_v2")).sizes
+    assert model.training
+    assert torch.equal(model.mobilenet_v2.layer[0].conv_3x3.normalization.running_mean, mean)
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "mobilenet_v2", "convnext"])
+def test_the_rows_are_proven_on_a_small_instance(model_type):
+    """Batch norms whose statistics do not fit would let nothing of the image through."""
+    subject = prove.Subject(model := instance(model_type), feeds(model))
+    first, second = subject.dense[0]
+    assert (first - second).abs().max() > 1e-3
+    assert prove.per_layer(subject, registered(model_type).stacks) == ""
+
+
+def test_a_check_speaks_of_the_stages_that_there_are():
+    model = small("resnet-bottleneck")
+    said = {row["units"] for row in oracle_rows(model, derivation(model)) if row["row"] == "hand"}
+    kinds = ("convolution", "second_convolution")
+    assert said == {f"stage{stage} {kind}: channels" for stage in (1, 2) for kind in kinds}
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..model.axes import Family
 from ..model.families import registered
 from ..model.feed import feeds
 from ..model.lookup import UNITS, Derivation
+from ..model.sites import find_sites
 from .families import differences
 from .table import Row
 
@@ -36,6 +37,8 @@ def _of_hand(model: Any, hand: Family) -> Iterator[Row]:
     for stack in hand.stacks:
         for row in stack.sublayers:
             alone = [replace(other, sublayers=(row,) if other is stack else ()) for other in hand.stacks]
+            if not find_sites(model, replace(hand, stacks=tuple(alone))):  # of a stage, say, that this one has not
+                continue
             reason = prove.per_layer(subject, alone)
             axes = " in ".join(axis.name for axis in reversed(row.axes))
             yield {

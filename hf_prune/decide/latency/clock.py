@@ -170,7 +170,8 @@ def measured_table(
         medians = {key: monotone(np.median(rounds[WARMUP:], axis=0)) for key, rounds in walks.items()}
         alone = {key: medians[stand_in.key] for key, stand_in in same.items()}
         *levels, (_, shallow) = _levels(model, anatomy, grids, alone, inputs)
-    bare = max(levels[-1][1] - shallow, 0.0) / max(sum(map(len, _half(anatomy).values())), 1)
+    gone = sum(map(len, _half(anatomy).values()))
+    bare = max(levels[-1][1] - shallow, 0.0) / gone if gone else 0.0
     dense = statistics.median(whole[WARMUP:])
     ms = {site.key: alone.get(site.key, np.zeros((1, 1))) for site in anatomy.sites}
     return replace(table_of(1000 * dense, ms, levels, grids, bare), spread=dense / min(whole[WARMUP:]))
@@ -208,8 +209,9 @@ def _levels(
 
 
 def _half(anatomy: Anatomy) -> dict[Where, list[int]]:
-    """Every other layer of each stack."""
-    return {extent.where: list(range(1, extent.of, 2)) for extent in anatomy.extents if extent.path}
+    """Every other layer of each stack that layers can go from."""
+    stacks = (extent for extent in anatomy.extents if extent.path and extent.axis.config)
+    return {extent.where: list(range(1, extent.of, 2)) for extent in stacks}
 
 
 def _share(
