@@ -107,7 +107,8 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
 def settle_(model: PreTrainedModel, feeds: list[Feed]) -> None:
     """Running statistics not far from what batch norms read: with others, one norm after another drowns the input in
     what is the same for all of them."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kind) and module.running_mean is not None]
     momentum = [norm.momentum for norm in norms]
     try:
         for norm in norms:
