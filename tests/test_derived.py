@@ -38,8 +38,8 @@ NAMED = (  # that people download
     "xlm-roberta", "camembert", "mpnet", "deberta-v2", "modernbert", "albert", "nomic_bert", "eurobert", "gpt_neox",
     "falcon", "bloom", "phi", "starcoder2", "olmo2", "granite", "smollm3", "cohere2", "glm4", "gpt_oss", "qwen3_5",
     "qwen3_5_moe", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gemma3", "gemma4", "llava",
-    "qwen2_5_vl", "qwen3_vl", "smolvlm", "clip", "siglip", "dinov2", "dinov3_vit", "deit", "beit", "whisper", "wav2vec2",
-    "hubert", "mt5", "umt5", "marian", "mbart", "pegasus", "m2m_100",
+    "qwen2_5_vl", "qwen3_vl", "smolvlm", "clip", "siglip", "dinov2", "dinov3_vit", "deit", "beit", "whisper",
+    "wav2vec2", "hubert", "mt5", "umt5", "marian", "mbart", "pegasus", "m2m_100",
 )  # fmt: skip
 A_DAY = {"types": 6, "named": 4}
 

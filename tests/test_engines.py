@@ -41,6 +41,7 @@ def test_a_llama_whose_layers_differ_goes_through_decilm(tmp_path):
     for engine in ("vLLM", "SGLang"):
         assert found[engine].startswith("by `hf-prune export --to decilm`, with the same query heads in every layer")
     assert NOT_RUN not in found["vLLM"]
+    assert found["vLLM --model-impl transformers"] == "where hf_prune is installed beside it"
     assert found["SGLang"].endswith(f"FFN widths in multiples of 256 ({NOT_RUN})")
 
     vllm = next(engine for engine in ENGINES if engine.name == "vLLM")

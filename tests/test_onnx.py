@@ -122,7 +122,10 @@ def test_decoders_with_their_cache(tmp_path, family, class_name):
 
 @pytest.mark.parametrize(
     ("family", "class_name"),
-    [("t5", "T5ForConditionalGeneration"), ("bart", "BartForConditionalGeneration")],
+    [
+        ("t5", "T5ForConditionalGeneration"),
+        pytest.param("bart", "BartForConditionalGeneration", marks=pytest.mark.slow),
+    ],
 )
 def test_encoder_decoders_with_their_cache(tmp_path, family, class_name):
     from transformers.exporters import ExportedModel
@@ -162,6 +165,21 @@ def test_labels_tell_what_the_decoder_reads(tmp_path):
     assert without["decoder_input_ids"].tolist() == [[start] * 3] * 2
 
 
+def test_a_model_of_sound(tmp_path):
+    model = tiny_model("whisper", "WhisperForConditionalGeneration").eval()
+    with pytest.raises(ValueError, match=r"reads input_features, of which no example is at hand.*batches="):
+        to_onnx(model, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+    given = onnx_export.graph_inputs(model, tiny_batch(model, 2))
+    assert given["decoder_input_ids"].tolist() == [[model.config.decoder_start_token_id] * 3] * 2
+
+
+@pytest.mark.slow
+def test_the_graphs_of_a_model_of_sound(tmp_path):
+    model = small("whisper", "WhisperForConditionalGeneration", "per_layer")
+    assert to_onnx(model, tmp_path / "onnx", [tiny_batch(model, 2)]) <= 1e-3
+
+
 def weights_of(path):
     held = onnx.load(path, load_external_data=False).graph.initializer
     return {
@@ -171,32 +189,22 @@ def weights_of(path):
     }
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_graphs_read_one_copy_of_the_weights(tmp_path, int8):
-    model = small("llama", "LlamaForCausalLM", "per_layer")
+    model = tiny_model("llama", "LlamaForCausalLM")
     to_onnx(model, tmp_path / "onnx", int8=int8)
     assert (tmp_path / "onnx" / "decode.onnx.data").stat().st_size == 0
     stored = (tmp_path / "onnx" / "prefill.onnx.data").stat().st_size
-    if not int8:
-        assert stored <= 4 * sum(p.numel() for p in model.parameters()) + 64 * 50
+    assert stored <= (1 if int8 else 4) * sum(p.numel() for p in model.parameters()) * 1.1 + 64 * 50
     for name in ("prefill", "decode"):
         found = weights_of(tmp_path / "onnx" / f"{name}.onnx").values()
         assert {place["location"] for place in found} == {"prefill.onnx.data"}
 
 
-def test_a_tied_head_is_the_embedding_turned(tmp_path):
-    model = tiny_model("llama", "LlamaForCausalLM", tie_word_embeddings=True)
-    to_onnx(model, tmp_path / "onnx")
-    for name in ("prefill", "decode"):
-        graph = onnx.load(tmp_path / "onnx" / f"{name}.onnx", load_external_data=False).graph
-        turned = [node.input[0] for node in graph.node if node.op_type == "Transpose"]
-        assert any(name.endswith("_transposed") for name in turned)
-
-
 def test_a_graph_that_differs_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match=r"differ from torch's .* Nothing was saved"):
-        to_onnx(tiny_model("t5", "T5ForConditionalGeneration"), tmp_path / "onnx")
+        to_onnx(tiny_model("bert"), tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
 

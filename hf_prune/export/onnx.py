@@ -52,12 +52,12 @@ def to_onnx(
         The largest difference between ONNX Runtime's and torch's output, relative to the largest output.
 
     Raises:
-        FileExistsError: the directory is not empty. ImportError: a package is missing. RuntimeError: ONNX Runtime gives
-            other outputs; nothing is left under the final name.
+        ValueError: no input is known to compare on. FileExistsError: the directory is not empty. ImportError: a package
+            is missing. RuntimeError: ONNX Runtime gives other outputs; nothing is left under the final name.
     """
     target = refuse_full(directory, overwrite)
     exporter, config = _exporter(int8)
-    inputs = graph_inputs(model, proof_inputs(model, batches))
+    inputs = graph_inputs(model, _examples(model, batches))
     with quiet(model), torch.no_grad(), _silent():
         exported = _exported(model, exporter, config, inputs)
         with beside(target) as temporary:
@@ -73,6 +73,16 @@ def to_onnx(
                     f"{TOLERANCE:.0e}). Nothing was saved."
                 )
     return difference
+
+
+def _examples(model: Any, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
+    given = proof_inputs(model, batches)
+    if model.main_input_name not in given:
+        raise ValueError(
+            f"ONNX: a {type(model).__name__} reads {model.main_input_name}, of which no example is at hand to trace and "
+            "compare it on. Give to_onnx(batches=[...]), or call it right after prune(), which keeps some rows."
+        )
+    return given
 
 
 def _exported(model: Any, exporter: Any, config: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -110,7 +120,7 @@ def graph_inputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
 
 def _decoder_input_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the decoder reads for the labels, as in training; without labels its first token, three times."""
-    if "labels" in inputs:
+    if "labels" in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
     first = inputs[model.main_input_name]
     start = model.generation_config.decoder_start_token_id or model.config.decoder_start_token_id or 0

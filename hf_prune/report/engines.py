@@ -24,6 +24,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v
 HEAD = "ForCausalLM"
 GGUF = "`hf-prune export --to gguf`"
 DECILM = "by `hf-prune export --to decilm`, with the same query heads in every layer"
+PLUG_IN = "where hf_prune is installed beside it"
 STEPS = f"FFN widths in multiples of {STEP}"
 
 
@@ -50,6 +51,7 @@ ENGINES: Sequence[Engine] = (
     Engine(
         "vLLM", (*CAUSAL, *MIXTURES, "gpt2", "opt", "bert", "roberta"), DECILM, "", True, "", FAMILIES, HEAD, ("llama",)
     ),
+    Engine("vLLM --model-impl transformers", CAUSAL, PLUG_IN, "", True, HEAD, run_types=("llama",)),
     Engine("SGLang", (*CAUSAL, *MIXTURES, "gpt2", "bert"), f"{DECILM} and {STEPS}", "", False, "", FAMILIES, HEAD),
     Engine("TEI", ("bert", "roberta", "distilbert", "mistral", "qwen2", "qwen3", "gemma3_text")),
 )
