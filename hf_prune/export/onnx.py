@@ -79,8 +79,8 @@ def _examples(model: Any, batches: Sequence[Mapping[str, torch.Tensor]] | None) 
     given = proof_inputs(model, batches)
     if model.main_input_name not in given:
         raise ValueError(
-            f"ONNX: a {type(model).__name__} reads {model.main_input_name}, of which no example is at hand to trace and "
-            "compare it on. Give to_onnx(batches=[...]), or call it right after prune(), which keeps some rows."
+            f"ONNX: a {type(model).__name__} reads {model.main_input_name}, of which no example is at hand to trace it "
+            "and compare it on. Give to_onnx(batches=[...]), or call it right after prune(), which keeps some rows."
         )
     return given
 

@@ -46,7 +46,6 @@ BOUNDS: tuple[tuple[str, float | str], ...] = (  # the first pattern that matche
     (r"(head_dim|d_kv|attention_head_size|kv_channels|query_pre_attn_scalar|d_head|dim_head)$", "head_dim"),
     (r"(intermediate_size.*|ffn_dim|d_ff|n_inner|mlp_dim|dim_feedforward|ffn_hidden_size|d_inner|linear_units|"
      r"channels_mlp_dim|tokens_mlp_dim)$", "ffn"),
-    (r"^groups_width$", 4),
     (r"^((.*_)?hidden_size|hidden_dim|d_model|n_embd|dim|embed_dim|model_dim|word_embed_proj_dim|projection_dim"
      r"|(en|de)coder_(embed|hidden)_dim|.*width|emb_dim|output_dim|output_channels|embedding_size)$", "hidden"),
     (r"^(hidden_size|embed_dim|vocab_size)_per_layer_input$", 24),
