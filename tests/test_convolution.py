@@ -16,8 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_prune import PruningConfig, describe, prune, save_pretrained
 from hf_prune.decide.costs import macs
 from hf_prune.decide.latency import clock
-from hf_prune.model import patches
+from hf_prune.model import patches, prove
 from hf_prune.model.batches import prepare
+from hf_prune.model.families import registered
+from hf_prune.model.feed import feeds
+from hf_prune.model.instance import instance
 from hf_prune.model.lookup import derivation
 from hf_prune.model.sites import consumer
 from hf_prune.plan import PruningPlan
@@ -255,6 +258,15 @@ def test_a_model_in_training_is_described_as_it_is():
     assert describe(model).sizes == describe(small("mobilenet_v2")).sizes
     assert model.training
     assert torch.equal(model.mobilenet_v2.layer[0].conv_3x3.normalization.running_mean, mean)
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "mobilenet_v2", "convnext"])
+def test_the_rows_are_proven_on_a_small_instance(model_type):
+    """Batch norms whose statistics do not fit would let nothing of the image through."""
+    subject = prove.Subject(model := instance(model_type), feeds(model))
+    first, second = subject.dense[0]
+    assert (first - second).abs().max() > 1e-3
+    assert prove.per_layer(subject, registered(model_type).stacks) == ""
 
 
 def test_a_check_speaks_of_the_stages_that_there_are():

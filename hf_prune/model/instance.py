@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .feed import Feed, feeds
+from .feed import Feed, feeds, observed
 from .smaller import candidates, reason_of, small_configs
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["build", "classes_of", "instance", "quiet", "randomize_", "small_conf
 
 MOST_PARAMETERS = 45_000_000
 SECONDS = 20.0
+SETTLED = 0.9  # how much of a running statistic is what the norm reads; the rest is its own
 DTYPES = (torch.float64, torch.float32)
 
 TASKS = (  # heads that read the whole output come first, the bare model where nothing does
@@ -104,6 +105,22 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
                 buffer.add_(torch.rand(buffer.shape, generator=generator).to(buffer))
 
 
+def settle_(model: PreTrainedModel, feeds: list[Feed]) -> None:
+    """Running statistics not far from what batch norms read: with others, one norm after another drowns the input in
+    what is the same for all of them."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kind) and module.running_mean is not None]
+    momentum = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.train().momentum = SETTLED
+        if norms:
+            observed(model, feeds)
+    finally:
+        for norm, before in zip(norms, momentum, strict=True):
+            norm.eval().momentum = before
+
+
 def instance(
     model_type: str | PreTrainedConfig, cls: type[PreTrainedModel] | None = None, dtypes: Iterable[torch.dtype] = DTYPES
 ) -> PreTrainedModel:
@@ -149,7 +166,9 @@ def _attempts(
                     break
                 try:
                     model = _sized(cls, small, dtype)
-                    yield model, feeds(model)[0]
+                    found = feeds(model)
+                    settle_(model, found)
+                    yield model, found[0]
                     reason = "forward does not run"
                 except Exception as error:  # whatever a class dislikes
                     reason = reason_of(error)
