@@ -197,7 +197,8 @@ def analyze(
     found.scores.update(alike)
     if "hidden" in units:
         extent, rows = anatomy.extent(*HIDDEN), scored_rows(batches)
-        found.scores[HIDDEN] = channel_scores(model, extent, rows, criterion, config.calibration_seed)
+        layers = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in anatomy.sites)]
+        found.scores[HIDDEN] = channel_scores(model, extent, rows, criterion, config.calibration_seed, layers)
     return Analysis(
         anatomy,
         config,

@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth", "width"),
+    "score": ("losses", "passes", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth", "width"),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",

@@ -18,7 +18,7 @@ from ..model.depth import without_layers
 from ..model.layerwise import OUTPUT
 from ..model.sites import Extent
 from ..model.weights import quiet
-from .losses import example_losses
+from .passes import losses_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +111,7 @@ def _loss_without(model: PreTrainedModel, extent: Extent, gone: Sequence[int], b
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     """The task loss, its mean over the examples."""
     with quiet(model):
-        losses = [example_losses(model, model(**forward_inputs(model, batch)), batch) for batch in batches]
+        losses = [losses_of(model, batch) for batch in batches]
     return float(torch.cat(losses).double().mean())
 
 

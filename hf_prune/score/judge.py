@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from ..model.batches import IGNORE, Batch, forward_inputs
 from ..model.weights import quiet
-from .losses import example_losses, has_loss, labels_of, predicts_tokens
+from .losses import has_loss, labels_of, predicts_tokens
+from .passes import losses_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def _held_out(batches: Sequence[Batch]) -> list[Batch]:
 @torch.no_grad()
 def _losses(model: PreTrainedModel, now: Batch, was: Batch) -> torch.Tensor:
     with quiet(model):
-        losses = example_losses(model, model(**forward_inputs(model, now)), now)
+        losses = losses_of(model, now)
     if now is was or not predicts_tokens(model, now):
         return losses
     return losses * _labelled(model, now) / _labelled(model, was).clamp_min(1)

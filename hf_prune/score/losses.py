@@ -142,12 +142,23 @@ def _real(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[B, V] and [B], or [B, T, V] and [B, T] -> [B]; labels outside 0..V-1 (IGNORE, clipped answers) do not count."""
-    labels = labels.masked_fill((labels < 0) | (labels >= logits.shape[-1]), IGNORE)
+    """[B, V] and [B], or [B, T, V] and [B, T] -> [B]: the mean over labels that count."""
+    labels = counted_labels(labels, logits.shape[-1]).view(len(labels), -1)
+    losses = token_losses(logits.reshape(*labels.shape, -1), labels)
+    return losses.sum(1) / (labels != IGNORE).sum(1).clamp_min(1)
+
+
+def counted_labels(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """The labels, those outside of 0..V-1 (IGNORE, clipped answers) as IGNORE."""
+    return labels.masked_fill((labels < 0) | (labels >= classes), IGNORE)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross entropy at each token in fp32, 0 where the label is IGNORE: [B, T, V] and [B, T] -> [B, T]."""
     losses = functional.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view(len(labels), -1)
-    return losses.sum(1) / (labels.view(len(labels), -1) != IGNORE).sum(1).clamp_min(1)
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view(labels.shape)
 
 
 def problem_of(model: PreTrainedModel, classes: int, labels: torch.Tensor) -> str:

@@ -24,7 +24,8 @@ from ..model.weights import quiet
 from ..plan import Where
 from .criteria import Criterion, SiteStatistics
 from .experts import ExpertSums, expert_statistics
-from .losses import example_losses, predicts_tokens, with_drawn_labels
+from .losses import predicts_tokens
+from .passes import backward, recomputed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,10 +87,10 @@ def gradients(
         site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
     }
     tokens: dict[Where, torch.Tensor] = {}
-    with torch.enable_grad(), gated(model, gates, sites), _output_gradients(model, sites, tokens, outputs or {}):
-        output = model(**forward_inputs(model, batch))
-        labelled = batch if draw_labels is None else with_drawn_labels(model, output, batch, draw_labels)
-        example_losses(model, output, labelled).sum().backward()
+    layers = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+    watched = _output_gradients(model, sites, tokens, outputs or {})
+    with torch.enable_grad(), recomputed(layers), gated(model, gates, sites), watched:
+        backward(model, batch, draw_labels)
     found = {key: torch.zeros_like(gate) if gate.grad is None else gate.grad for key, gate in gates.items()}
     return Gradients(found, tokens)
 

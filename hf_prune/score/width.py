@@ -19,7 +19,7 @@ from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.sites import Extent, module_of, tensor_of
 from ..model.weights import quiet
 from .criteria import CRITERIA, Criterion, SiteStatistics
-from .losses import example_losses, with_drawn_labels
+from .passes import backward, recomputed
 from .statistics import Sums, rows_of
 
 if TYPE_CHECKING:
@@ -38,9 +38,17 @@ def norms_of(model: nn.Module, extent: Extent) -> list[str]:
 
 
 def channel_scores(
-    model: PreTrainedModel, extent: Extent, batches: Sequence[Batch], criterion: Criterion, seed: int
+    model: PreTrainedModel,
+    extent: Extent,
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    seed: int,
+    layers: Sequence[nn.Module] = (),
 ) -> torch.Tensor:
     """The importance of each channel [D] by a criterion, which reads the statistics of the whole stream.
+
+    Args:
+        layers: of the stream, of which one at a time is kept for a backward pass.
 
     Raises:
         ValueError: scores that are no numbers.
@@ -50,7 +58,8 @@ def channel_scores(
     known: dict[str, Any] = {}
     with quiet(model):
         if criterion.needs_loss:
-            known |= _gradients(model, extent, batches, generator if criterion.labels == "model" else None)
+            draw = generator if criterion.labels == "model" else None
+            known |= _gradients(model, extent, batches, draw, layers)
         if {"gram", "moments"} & {*criterion.needs}:
             known |= _moments(model, extent, batches)
     reads, every = (_squares(model, extent, roles) for roles in (("reads",), ("reads", "makes", "carries")))
@@ -61,12 +70,16 @@ def channel_scores(
 
 
 def _gradients(
-    model: PreTrainedModel, extent: Extent, batches: Sequence[Batch], draw: torch.Generator | None
+    model: PreTrainedModel,
+    extent: Extent,
+    batches: Sequence[Batch],
+    draw: torch.Generator | None,
+    layers: Sequence[nn.Module],
 ) -> dict[str, torch.Tensor]:
     """The mean square and the mean absolute value over examples of each gate's gradient, [D]."""
     square, absolute = torch.zeros(2, extent.of, device=model.device)
     for batch in batches:
-        gradient = gate_gradients(model, extent, batch, draw)
+        gradient = gate_gradients(model, extent, batch, draw, layers)
         square += gradient.square().sum(0)
         absolute += gradient.abs().sum(0)
     examples = sum(batch.size for batch in batches)
@@ -74,11 +87,16 @@ def _gradients(
 
 
 def gate_gradients(
-    model: PreTrainedModel, extent: Extent, batch: Batch, draw: torch.Generator | None = None
+    model: PreTrainedModel,
+    extent: Extent,
+    batch: Batch,
+    draw: torch.Generator | None = None,
+    layers: Sequence[nn.Module] = (),
 ) -> torch.Tensor:
     """Of each example's loss with respect to the gates at 1, [B, D].
 
     Args:
+        layers: that are run again in the backward pass.
         draw: draw the labels from the model's own predictions with this generator instead.
     """
     gate = torch.ones(batch.size, extent.of, device=model.device, requires_grad=True)
@@ -87,10 +105,8 @@ def gate_gradients(
         rows = output.float().reshape(batch.size, -1, extent.of)
         return (rows * gate[:, None]).reshape(output.shape).to(output.dtype)
 
-    with torch.enable_grad(), _behind_norms(model, extent, multiplied):
-        output = model(**forward_inputs(model, batch))
-        labelled = batch if draw is None else with_drawn_labels(model, output, batch, draw)
-        example_losses(model, output, labelled).sum().backward()
+    with torch.enable_grad(), recomputed(layers), _behind_norms(model, extent, multiplied):
+        backward(model, batch, draw)
     return torch.zeros_like(gate) if gate.grad is None else gate.grad
 
 
