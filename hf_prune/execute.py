@@ -16,6 +16,7 @@ from .model.batches import Batch, forward_inputs, token_mask
 from .model.cut import cut_, cut_wide_
 from .model.depth import check_droppable, drop_layers_
 from .model.embeddings import counted_from, cut_tokens_
+from .model.shelf import Shelf
 from .model.sites import Extent, Site
 from .model.weights import quiet
 from .model.wide import HIDDEN
@@ -49,7 +50,9 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
     with quiet(model), torch.no_grad():
         stacks = [extent for extent in anatomy.extents if extent.path]
         inputs = [forward_inputs(model, batch) for batch in repair.batches] if repaired else []
-        dense = {e.where: layerwise.capture(model, _layers(model, e), inputs) for e in stacks} if repaired else {}
+        shelf = Shelf.beside(model)
+        read = stacks if repaired else []
+        dense = {e.where: layerwise.capture(model, _layers(model, e), inputs, shelf) for e in read}
         outside = _outside(model, anatomy, plan, repair, inputs) if inputs else None
         _narrow_(model, anatomy, plan, outside)
         for extent in stacks:
@@ -58,9 +61,9 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
             if repaired and changes and dense[extent.where].states:  # none: no example reaches this tower
                 # a later stack also reads what the stacks before it, cut by now, give
                 first, layers = extent is stacks[0], _layers(model, extent)
-                pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs)
+                pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs, shelf)
                 if outside is not None:
-                    pruned.states = first_states(model, f"{extent.path}.0", inputs)
+                    pruned.states = shelf.list(first_states(model, f"{extent.path}.0", inputs))
                 reports += StackRepair(
                     plan,
                     extent.where[0],

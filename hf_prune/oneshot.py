@@ -29,6 +29,7 @@ from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
 from .model.configs import all_configs
 from .model.depth import check_droppable
+from .model.memory import given_back
 from .model.undo import undone_on_error
 from .model.weights import check_loaded, quiet
 from .model.wide import HIDDEN
@@ -124,6 +125,7 @@ class Analysis:
     def _repair(self) -> Repair:
         return Repair(self.config.repair, self.batches, self.tokens, self.config.batch_norm)
 
+    @given_back()
     def cut_(
         self, model: PreTrainedModel, keep: float | None = None, *, plan: PruningPlan | None = None
     ) -> PruneResult:
@@ -145,6 +147,7 @@ class Analysis:
         return _cut_(model, self, plan, tried)
 
 
+@given_back()
 def analyze(
     model: PreTrainedModel,
     data: Any,
@@ -343,6 +346,7 @@ def prune(
     return _cut_(model, analysis, plan, [])
 
 
+@given_back()
 def _cut_(
     model: PreTrainedModel, analysis: Analysis, plan: PruningPlan, tried: Sequence[Mapping[str, Any]]
 ) -> PruneResult:

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from .cut import put_
+from .patched import computing
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,5 @@ def gated(module: Any, gate: torch.Tensor) -> Iterator[None]:
             total = total.index_add(0, rows, (made * call.weights[rows, places, None]).to(total.dtype))
         return total
 
-    module.forward = forward
-    try:
+    with computing(module, forward):
         yield
-    finally:
-        del module.forward

@@ -27,6 +27,7 @@ from ..model.cut import columns_of, cut_, cut_arguments, kept_columns
 from ..model.experts import Call, down_matrices, set_down_matrices_, slots
 from ..model.layerwise import OUTPUT, Stream
 from ..model.patches import area, is_convolution, read_rows
+from ..model.shelf import Shelved
 from ..model.sites import Site, input_axis, readers
 from ..plan import Kept, PruningPlan, Where
 from ..score.statistics import rows_of
@@ -48,7 +49,7 @@ from .solve import (
 from .width import Channels, fold_, matrix_of, rescale_norm_, set_matrix_
 
 Sums = TypeVar("Sums")
-Streams = dict[str, list[torch.Tensor]]  # by kind of sublayer, one tensor a batch
+Streams = dict[str, Shelved]  # by kind of sublayer, one tensor a batch
 Targets = Sequence[torch.Tensor] | None  # a batch each; None where only what the consumer itself gave is wanted
 
 
@@ -102,6 +103,7 @@ class StackRepair:
                     report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
                     reports.append(report | {"realigned": realigned, "gap": gap})
                     diverged = True
+                del read, wanted
             self._estimate_(index, layer, waiting, diverged)
             if not self._advanced:
                 self._advance_pruned(index, layer)
@@ -111,8 +113,9 @@ class StackRepair:
     def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
         """Run the dense layer. By sublayer and batch: what it reads, and the stream behind it (post-LN: before its
         norm); no streams where the layer adds more to it than these sublayers give."""
-        reads: Streams = {site.kind: [] for site in sites}
-        targets: Streams = {site.kind: [] for site in sites}
+        shelf = self.dense.states.shelf
+        reads: Streams = {site.kind: shelf.list() for site in sites}
+        targets: Streams = {site.kind: shelf.list() for site in sites}
         first = {site.kind: readers(site)[0] for site in sites}
         wanted = [path for site in sites for path in {site.consumer, _end(site)}]
         is_sum = True

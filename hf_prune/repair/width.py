@@ -9,7 +9,7 @@ Shapes: B examples, T tokens, n real tokens, D channels of the dense stream, S o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -238,6 +238,6 @@ def rescale_norm_(norm: Any, found: tuple[torch.Tensor, torch.Tensor] | None, of
     return True
 
 
-def first_states(model: nn.Module, layer: str, inputs: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+def first_states(model: nn.Module, layer: str, inputs: Sequence[Mapping[str, Any]]) -> Iterator[torch.Tensor]:
     """The stream in front of a layer, of each batch."""
-    return [observed(model, partial(model, **each), [layer], stop_at=layer)[layer] for each in inputs]
+    return (observed(model, partial(model, **each), [layer], stop_at=layer)[layer] for each in inputs)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..model.batches import Batch, forward_inputs, is_causal_lm
+from ..model.patched import computing
 from .losses import counted_labels, example_losses, labels_of, token_losses, with_drawn_labels
 
 if TYPE_CHECKING:
@@ -31,14 +32,10 @@ KEEP = "logits_to_keep"  # argument of language models: the positions whose logi
 @contextlib.contextmanager
 def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Run layers again in the backward pass instead of keeping what they compute."""
-    patched = list(dict.fromkeys(layers))
-    try:
-        for layer in patched:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    with contextlib.ExitStack() as stack:
+        for layer in dict.fromkeys(layers):
+            stack.enter_context(computing(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         yield
-    finally:
-        for layer in patched:
-            layer.__dict__.pop("forward", None)
 
 
 def backward(model: PreTrainedModel, batch: Batch, draw: torch.Generator | None = None) -> None:
@@ -98,10 +95,7 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, given: Any) -> Iterator[tor
     width, base = len(model.get_output_embeddings().weight), model.base_model
     labels = counted_labels(labels_of(model, batch)[:, 1:], width)  # type: ignore[index]
     count, step = (labels >= 0).sum(1).clamp_min(1), max(LOGITS // (batch.size * width), 1)
-    base.forward = lambda *args, **kwargs: given
-    try:
+    with computing(base, lambda *args, **kwargs: given):
         for some in torch.arange(labels.shape[1], device=labels.device).split(step):
             logits = model(**forward_inputs(model, batch), **{KEEP: some}).logits
             yield token_losses(logits, labels[:, some]).sum(1) / count
-    finally:
-        del base.forward

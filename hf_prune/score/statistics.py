@@ -19,6 +19,7 @@ from ..model import experts, layerwise
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.layerwise import OUTPUT
 from ..model.patches import area, made_rows, read_rows, times_gate
+from ..model.shelf import Shelf
 from ..model.sites import Site, consumer, input_axis, tensor_of
 from ..model.weights import quiet
 from ..plan import Where
@@ -254,10 +255,11 @@ def _walk(
     ranks: Ranks,
 ) -> Iterator[tuple[Site, Found]]:
     """Moments of every consumer's input in the dense stream, one layer at a time."""
+    shelf = Shelf.beside(model)
     for stack in dict.fromkeys(site.stack for site in sites):
         paths = list(dict.fromkeys(site.path for site in sites if site.stack == stack))
         layers = [model.get_submodule(path) for path in paths]
-        stream = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches])
+        stream = layerwise.capture(model, layers, [forward_inputs(model, batch) for batch in batches], shelf)
         masks = stream.spread([token_mask(model, batch, stack) for batch in batches])
         progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
         for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
