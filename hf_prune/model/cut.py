@@ -23,6 +23,7 @@ SIZES = {  # attributes of modules that repeat a dimension of their weight
     "Conv2d": {"out_channels": 0, "in_channels": 1},
     "BatchNorm1d": {"num_features": 0},
     "BatchNorm2d": {"num_features": 0},
+    "GroupNorm": {"num_groups": 0, "num_channels": 0},  # a group for each channel
 }
 
 
