@@ -171,7 +171,8 @@ class PruningConfig:
         default=None,
         metadata=_help(
             "'model' counts everything (default for macs, bytes and latency); 'blocks' counts attention, FFN and their "
-            "norms, no embeddings and no head (default for params, unless tokens are among the units)."
+            "norms, no embeddings, no convolutions in front of the layers and no head (default for params, unless "
+            "tokens are among the units)."
         ),
     )
     units: list[str] | None = field(
@@ -180,8 +181,8 @@ class PruningConfig:
             "What may be removed: any of heads, kv_groups, neurons, channels (between two convolutions), experts, "
             "layers, tokens (of the vocabulary), hidden (channels of the whole stream, with heads where a class makes "
             "them as wide together). Default: neurons (of experts too; where parameters or bytes count, whole experts) "
-            "or channels, with kv_groups where query "
-            "heads share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
+            "or channels, but not those in front of the layers of a speech model, with kv_groups where query heads "
+            "share several KV heads, else with heads; without either where `shapes` is stock and the stock class "
             "cannot say it."
         ),
     )

@@ -56,14 +56,14 @@ def execute_(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan, repair
         outside = _outside(model, anatomy, plan, repair, inputs) if inputs else None
         _narrow_(model, anatomy, plan, outside)
         for extent in stacks:
-            by_layer = [[site for site in anatomy.sites if site.path == f"{extent.path}.{i}"] for i in range(extent.of)]
-            changes = changes or _changes(plan, extent)
+            by_layer = [[site for site in anatomy.sites if site.path == path] for path in extent.layers]
+            as_dense, changes = not changes, changes or _changes(plan, extent)
             if repaired and changes and dense[extent.where].states:  # none: no example reaches this tower
                 # a later stack also reads what the stacks before it, cut by now, give
-                first, layers = extent is stacks[0], _layers(model, extent)
-                pruned = dense[extent.where].copy() if first else layerwise.capture(model, layers, inputs, shelf)
+                layers = _layers(model, extent)
+                pruned = dense[extent.where].copy() if as_dense else layerwise.capture(model, layers, inputs, shelf)
                 if outside is not None:
-                    pruned.states = shelf.list(first_states(model, f"{extent.path}.0", inputs))
+                    pruned.states = shelf.list(first_states(model, extent.layers[0], inputs))
                 reports += StackRepair(
                     plan,
                     extent.where[0],
@@ -128,7 +128,7 @@ def _changes(plan: PruningPlan, extent: Extent) -> bool:
 
 
 def _layers(model: nn.Module, extent: Extent) -> list[nn.Module]:
-    return [model.get_submodule(f"{extent.path}.{index}") for index in range(extent.of)]
+    return [model.get_submodule(path) for path in extent.layers]
 
 
 def _cut_sites_(model: nn.Module, plan: PruningPlan, by_layer: Sequence[Sequence[Site]]) -> None:

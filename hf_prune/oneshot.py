@@ -23,7 +23,7 @@ from .decide.costs import report as cost_report
 from .decide.latency.cache import latency_table
 from .decide.latency.table import LatencyTable
 from .decide.latency.watch import Watch
-from .decide.units import asked, choose_units, default_align, follow_the_stream, unit_of, widths
+from .decide.units import asked, choose_units, considered, default_align, follow_the_stream, unit_of, widths
 from .execute import Repair, check_plan, execute_, touched
 from .model.anatomy import Anatomy, describe
 from .model.batches import Batch, draw
@@ -172,6 +172,7 @@ def analyze(
     anatomy = describe(model)
     check_loaded(model)
     units = choose_units(anatomy, config)
+    anatomy = considered(anatomy, units)
     align = config.align or default_align(anatomy, model.device.type)
     _check_repair(anatomy, config)
     words = Vocabulary.of(model, processing_class, vocabulary, data, config) if "tokens" in units else None

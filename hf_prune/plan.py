@@ -19,6 +19,7 @@ WITHIN = {
     "neurons": "experts",
 }  # axis -> the one of the same place whose units each hold several of its own
 AXIS_OF_FORMAT_1 = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons"}  # its word for a unit
+STEM = "stem"  # the stack of convolutions in front of the layers, as in `model.axes`, which imports nothing
 # (stack, layer, kind) of a site, (stack,) of its layers, (name,) of another axis of the model, () of its vocabulary
 Where = tuple[Any, ...]
 
@@ -126,7 +127,7 @@ class PruningPlan:
     """Kept units by place into the dense model, with how it was decided (`config`) and what it costs (`cost`).
 
     Layers and vocabulary that a plan does not name stay whole; sites are named in every layer that stays, and in no
-    other.
+    other. Those of a stem are named all or not at all: then they stay whole.
     """
 
     model_type: str
@@ -168,6 +169,10 @@ class PruningPlan:
     def has_layer(self, stack: str, layer: int) -> bool:
         found = self.get((stack,))
         return found is None or layer in found.kept
+
+    def names(self, where: Where) -> bool:
+        """Whether the plan speaks of the stack of a site: of a stem it need not."""
+        return where[0] != STEM or any(kept.where[0] == STEM for kept in self.sites)
 
     def get(self, where: Where) -> Kept | None:
         return next((kept for kept in self.kept if kept.where == where), None)
@@ -215,7 +220,7 @@ class PruningPlan:
             if sizes.get(kept.where, {}).get(kept.axis) != kept.of
         ]
         named = {kept.where for kept in self.kept}
-        missing = [place for place in sizes if len(place) == 3 and place not in named]
+        missing = [place for place in sizes if len(place) == 3 and place not in named and self.names(place)]
         wrong += [f"{place}: not in the plan" for place in missing if self.has_layer(*place[:2])]
         if wrong:
             raise ValueError(
@@ -232,7 +237,9 @@ class PruningPlan:
         must_be_plan(then)
         later = {self._dense_place(kept.where): kept for kept in then.kept}
         known = {kept.where for kept in self.kept}
-        unknown = [kept.where for place, kept in later.items() if len(place) == 3 and place not in known]
+        unknown = [
+            kept.where for place, kept in later.items() if len(place) == 3 and place not in known and self.names(place)
+        ]
         if unknown or then.model_type != self.model_type:
             raise ValueError(
                 f"The second plan is a {then.model_type}'s, the first a {self.model_type}'s, which has no "

@@ -19,10 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..model.axes import Family
-from ..model.configs import configs_of, holders, nested, put_in_, raw, set_
+from ..model.configs import configs_of, holder, holders, holds, nested, put_in_, raw, set_
 from ..model.cut import cut_
 from ..model.families import family_for, registered
-from ..model.sites import Site, find_sites
+from ..model.sites import Site, find_sites, stacks_of
 
 FORMAT = 2
 FORMATS = (1, 2)  # that can be read
@@ -66,15 +66,16 @@ def needs_loader(config: Any) -> bool:
     return not (isinstance(entry, Mapping) and entry.get("shapes") == "stock") and bool(entry_of(config))
 
 
-def size_keys(family: Family) -> list[str]:
+def size_keys(config: Any, family: Family) -> list[str]:
     """All config keys that size the units of sites."""
-    axes = (axis for stack in family.stacks for row in stack.sublayers for axis in row.axes)
-    return list(dict.fromkeys(key for axis in axes for key in (axis.config, *axis.also)))
+    axes = (axis for stack in stacks_of(config, family) for row in stack.sublayers for axis in row.axes)
+    found = dict.fromkeys(key for axis in axes for key in (axis.config, *axis.also))
+    return [key for key in found if holds(config, key)]
 
 
 def dense_values(config: Any, family: Family) -> dict[str, Any]:
     """The size keys of the dense model: remembered from an earlier cut, else as they stand."""
-    return entry_of(config).get("dense") or {key: raw(config, key) for key in size_keys(family)}
+    return {key: raw(config, key) for key in size_keys(config, family)} | dict(entry_of(config).get("dense") or {})
 
 
 def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
@@ -95,7 +96,7 @@ def write_(model: Any, family: Family, summary: Mapping[str, Any]) -> str:
 def _decided(model: Any, family: Family, dense: dict[str, Any]) -> dict[str, Any]:
     """The dense sizes, also those that the class decides by itself, as no key of its config can: on the meta device."""
     axes = [axis for stack in family.stacks for row in stack.sublayers for axis in row.axes]
-    unknown = {axis.config for axis in axes if axis.stock == "none" and dense[axis.config] is None}
+    unknown = {axis.config for axis in axes if axis.stock == "none" and dense.get(axis.config, 0) is None}
     if not unknown:
         return dense
     with torch.device("meta"):
@@ -146,10 +147,10 @@ def _accepts(config: Any, sites: list[Site]) -> bool:
 
 def tells_layers(config: Any, family: Family) -> bool:
     """Whether transformers' own `per_layer_config` can tell layers apart: in one stack whose layers the config counts,
-    sized by the config itself."""
-    if any(not stack.axis.config for stack in family.stacks):
+    sized by the config itself. What a stem has stands beside it."""
+    if any(not stack.axis.config for stack in family.layered.stacks):
         return False
-    return not config.is_encoder_decoder and not any("." in key for key in size_keys(family))
+    return not config.is_encoder_decoder and not any("." in key for key in size_keys(config, family.layered))
 
 
 def _is_uniform(sites: list[Site]) -> bool:
@@ -160,8 +161,9 @@ def _is_uniform(sites: list[Site]) -> bool:
 def _write_sizes_(model: Any, family: Family, sites: list[Site], dense: Mapping[str, Any], form: str) -> None:
     """Write the sizes into the model's config and all its copies, in a form."""
     values = dict(dense)
-    for site in sites if form != "per_layer" else ():
-        values.update(site.values)
+    for site in sites:
+        if form != "per_layer" or site.is_stem:
+            values.update(site.values)
     for site in sites:
         for axis in site.row.axes:
             unlike = site.columns != site.hidden and raw(model.config, axis.width_config or "") is None
@@ -176,7 +178,7 @@ def _write_sizes_(model: Any, family: Family, sites: list[Site], dense: Mapping[
     _repeat_(model, family, values)
     if form == "per_layer" and tells_layers(model.config, family):
         layers: dict[int, dict[str, int]] = {}
-        for site in sites:
+        for site in (site for site in sites if not site.is_stem):
             layers.setdefault(site.layer, {}).update(site.values)
         for config in configs_of(model):
             config.allow_global_per_layer_attribute_access = True
@@ -216,16 +218,18 @@ def check_sizes(config: Any) -> None:
     """
     entry, row = entry_of(config), registered(config.model_type)
     dense, layers = entry.get("dense"), entry.get("layers", {})
-    keys = size_keys(row) if row else [*dense] if isinstance(dense, Mapping) else []  # of a derived row only it tells
-    if not isinstance(dense, Mapping) or set(dense) != set(keys) or not all(map(_is_size, dense.values())):
+    given = {*dense} if isinstance(dense, Mapping) else set()  # of a derived row only it tells
+    keys = size_keys(config, row) if row else [*given]
+    needed = {*size_keys(config, row.layered)} if row else given  # early versions knew no stems
+    if not isinstance(dense, Mapping) or not needed <= given <= {*keys} or not all(map(_is_size, dense.values())):
         raise ValueError(f"The config's {KEY}.dense must give the sizes {', '.join(keys)}; it is {dense!r}. {RESTORE}")
     if not isinstance(layers, Mapping) or not all(isinstance(values, Mapping) for values in layers.values()):
         raise ValueError(f"The config's {KEY}.layers must give sizes by site; it is {_short(layers)}. {RESTORE}")
-    told = {"": {key: raw(config, key) for key in keys}, **layers}
+    told = {"": {key: raw(config, key) for key in dense}, **layers}
     if config.is_heterogeneous:
         told |= {f"layer {layer}": values for layer, values in config._heterogeneity_spec.per_layer_overrides.items()}
     for where, values in told.items():
-        for key in keys:
+        for key in dense:
             value = values.get(key)
             if not _is_size(value) or (value or 0) > (dense[key] or math.inf):
                 at = f" for {where}" if where else ""
@@ -269,13 +273,14 @@ def build_(model: Any, init: Callable[..., None], config: Any, *args: Any, **kwa
     init(dense, *args, **kwargs)
     _hand_over_(model, dense, config)
     for site in find_sites(model, family_for(config.model_type)):
-        _shrink_(model, site, planned_values(config, site))
+        if site.values.keys() <= config.hf_prune["dense"].keys():  # early versions knew no stems, which are whole then
+            _shrink_(model, site, planned_values(config, site))
 
 
 def _hand_over_(model: nn.Module, dense: Any, config: Any) -> None:
     """Give the model its own config in place of the dense copy, with what the stock class decided on the way."""
     pruned = {key: raw(config, key) for key in config.hf_prune["dense"]}
-    sizes = {key.rpartition(".")[2] for key in pruned}
+    sizes = {holder(config, key)[1].partition(".")[0] for key in pruned}
     pairs = list(zip(nested(dense), nested(config), strict=True))
     owner = {id(shown): own for shown, own in pairs}
     with BUILDING:

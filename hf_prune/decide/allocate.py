@@ -20,7 +20,7 @@ from ..model.sites import Counts, Site
 from ..plan import Kept, PruningPlan, Where
 from .costs import CostModel, cost_model, planned_sizes
 from .costs import report as cost_report
-from .knapsack import Table, alike, knapsack
+from .knapsack import Table, alike, chains, chosen_of
 from .ranking import Count, Ranking
 from .units import asked, choose_units, unit_of
 
@@ -60,7 +60,8 @@ def allocate(
         return _plan(anatomy, [everything(site, config) for site in anatomy.sites], config, costs, dense, loss=0.0)
     comparable = _comparable(scores, across, {s.key: costs.units[s.key].site(s.sizes) for s in anatomy.sites})
     groups, rankings, tables = _offers(here, comparable, config, align, costs, gates or {})
-    chosen = knapsack(tables, config.keep * dense - costs.wide(here.sizes))
+    budget = config.keep * dense - costs.wide(here.sizes)
+    chosen = chosen_of(chains(tables, _twice(groups, rankings, costs)), budget)
     if chosen is None:
         raise ValueError(_unreachable(anatomy, config, align, dense, measured, wide))
     counts = {
@@ -119,8 +120,9 @@ def reachable(
     units = choose_units(anatomy, config)
     here = within(anatomy, wide)
     flat = {site.key: np.ones(site.sizes[unit_of(site, units)]) for site in here.sites}
-    _, _, tables = _offers(here, flat, config, align, costs)
-    least = costs.wide(here.sizes) + sum(table.cost.min() for table in tables)
+    groups, rankings, tables = _offers(here, flat, config, align, costs)
+    joined = chains(tables, _twice(groups, rankings, costs))
+    least = costs.wide(here.sizes) + sum(chain.table.cost.min() for chain in joined)
     return float(least / _costs_of(anatomy, config, measured).total(anatomy.sizes))
 
 
@@ -202,13 +204,13 @@ def _groups(anatomy: Anatomy, shapes: str, units: Sequence[str]) -> list[list[Si
     are asked for, all stay as they are, also where layers differ already.
 
     Encoder-decoder models have a form of their own that tells the sites of a layer apart; not so a lone decoder, whose
-    cross-attention never runs.
+    cross-attention never runs. In a stem every site has its own key.
     """
     if shapes != "per_layer":
         some = any(asked(axis, units) for site in anatomy.sites for axis in site.row.axes)
         return _grouped(anatomy, lambda site: site.inner.config if some else site.key)
-    if len({site.stack for site in anatomy.sites}) > 1:
-        crossing = {site.path for site in anatomy.sites if site.elsewhere}  # what they cost is a product
+    if len({site.stack for site in anatomy.sites if not site.is_stem}) > 1:
+        crossing = {s.path for s in anatomy.sites if s.elsewhere and not s.is_stem}  # what they cost is a product
         return _grouped(
             anatomy,
             lambda s: (s.stack, s.kind) if s.inner.tied else (s.stack, s.layer) if s.path in crossing else s.key,
@@ -267,6 +269,21 @@ def _spared(members: Sequence[Site], rankings: Mapping[Where, Ranking], costs: C
     options = range(len(rankings[members[0].key].counts))
     chosen = [{s.key: _sizes(s, rankings[s.key], rankings[s.key].counts[i]) for s in members} for i in options]
     return np.array([costs.spared(sizes) for sizes in chosen])
+
+
+def _twice(
+    groups: Sequence[Sequence[Site]], rankings: Mapping[Where, Ranking], costs: CostModel
+) -> dict[int, np.ndarray]:
+    """What a group and the next one count both, of every option beside every option of the next: matrices between two
+    sites of a stem, by the number of the first group."""
+    group = {site.key: number for number, members in enumerate(groups) for site in members}
+    found = {}
+    for crossing in costs.crossings:
+        first, second = crossing.first.key, crossing.second.key
+        if {first, second} <= group.keys() and group[first] != group[second]:
+            ours, theirs = ([_sizes(s, rankings[s.key], c) for c in rankings[s.key].counts] for s in crossing.pair)
+            found[group[first]] = np.array([[crossing.spared(a, b) for b in theirs] for a in ours])
+    return found
 
 
 def _costs(site: Site, ranking: Ranking, costs: CostModel) -> np.ndarray:

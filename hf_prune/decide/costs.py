@@ -36,6 +36,11 @@ class Product:
     def site(self, counts: Counts) -> float:
         return self.factor * self.of.elements(counts, self.matrices) + self.pairs * self.of.compared(counts)
 
+    def matrix(self, tensor: str) -> float:
+        """The cost of a matrix of the site by itself."""
+        times = self.of.applied.get(tensor, 1) if self.matrices else 1
+        return self.factor * math.prod(self.of.shapes[tensor]) * times
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -46,11 +51,15 @@ class Crossing:
     second: Site
     cost: float
 
+    @property
+    def pair(self) -> tuple[Site, Site]:
+        return self.first, self.second
+
     def spared(self, first: Counts, second: Counts) -> float:
         """What the first site counts too much."""
         left, right = (
             counts[site.inner.name] / site.sizes[site.inner.name]
-            for site, counts in ((self.first, first), (self.second, second))
+            for site, counts in zip(self.pair, (first, second), strict=True)
         )
         return self.cost * left * (1 - right)
 
@@ -92,40 +101,35 @@ def planned_sizes(anatomy: Anatomy, plan: PruningPlan) -> Sizes:
         chosen = plan.get(site.key)
         if chosen is not None:
             sizes[site.key] = {a: len(units) for a, units in site.expand(chosen.axis, chosen.kept).items()}
+        elif not plan.names(site.key):
+            sizes[site.key] = site.sizes
     return sizes
 
 
 def params(anatomy: Anatomy, sequence_length: int = 0, scope: str = "blocks") -> CostModel:
-    """Parameters; scope "blocks" leaves embeddings and heads out."""
+    """Parameters; scope "blocks" leaves embeddings, stems and heads out."""
     whole = scope == "model"
-    return _with_fixed(
-        anatomy,
-        anatomy.total_params if whole else anatomy.block_params,
-        CostModel(
-            "params",
-            0,
-            _products(anatomy),
-            token=anatomy.token_params if whole else 0,
-            crossings=crossings(anatomy),
-        ),
-    )
+    units = _products(anatomy, 1.0, whole)
+    costs = CostModel("params", 0, units, token=anatomy.token_params * whole, crossings=crossings(anatomy, units))
+    return _with_fixed(anatomy, anatomy.total_params if whole else anatomy.block_params, costs)
 
 
 def file_bytes(anatomy: Anatomy, sequence_length: int = 0, scope: str = "model") -> CostModel:
     """Bytes of the saved weights in their dtype."""
     size = anatomy.total_bytes / anatomy.total_params
-    token = size * anatomy.token_params
-    whole = CostModel("bytes", 0, _products(anatomy, size), token=token, crossings=crossings(anatomy, size))
+    token, units = size * anatomy.token_params, _products(anatomy, size, True)
+    whole = CostModel("bytes", 0, units, token=token, crossings=crossings(anatomy, units))
     return _with_fixed(anatomy, anatomy.total_bytes, whole, size)
 
 
 def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostModel:
     """Multiply-adds of one example of `sequence_length` tokens (vision: of one image)."""
     tokens, whole = anatomy.tokens(sequence_length), scope == "model"
-    of = {stack: anatomy.tokens(sequence_length, stack) for stack, _ in anatomy.layer_weights}
+    stacks = {*(stack for stack, _ in anatomy.layer_weights), *(site.stack for site in anatomy.sites)}
+    of = {stack: anatomy.tokens(sequence_length, stack) for stack in stacks}
     units = {
         site.key: Product(site, of[site.stack], matrices=True, pairs=of[site.stack] ** 2)
-        if site.active
+        if site.active and (whole or not site.is_stem)
         else Product(site, 0, True)
         for site in anatomy.sites
     }
@@ -134,7 +138,7 @@ def macs(anatomy: Anatomy, sequence_length: int, scope: str = "model") -> CostMo
     outside = anatomy.outside_macs_token * tokens + anatomy.outside_macs_example
     everything = anatomy.sizes.get((), {}).get("tokens", 0)
     fixed = outside - head * everything if whole else 0
-    return CostModel("macs", fixed, units, layers, head if whole else 0, crossings(anatomy, matrices=True))
+    return CostModel("macs", fixed, units, layers, head if whole else 0, crossings(anatomy, units))
 
 
 COSTS: Mapping[str, Callable[[Anatomy, int, str], CostModel]] = {"macs": macs, "params": params, "bytes": file_bytes}
@@ -161,25 +165,25 @@ def report(anatomy: Anatomy, sizes: Sizes, sequence_length: int) -> dict[str, fl
     }
 
 
-def _products(anatomy: Anatomy, factor: float = 1.0) -> dict[Where, SiteCost]:
-    return {site.key: Product(site, factor, matrices=False) for site in anatomy.sites}
+def _products(anatomy: Anatomy, factor: float, whole: bool) -> dict[Where, Product]:
+    """The sizes of the sites. `whole`: also of a stem, which is among no blocks."""
+    return {s.key: Product(s, factor if whole or not s.is_stem else 0.0, matrices=False) for s in anatomy.sites}
 
 
-def crossings(anatomy: Anatomy, factor: float = 1.0, matrices: bool = False) -> tuple[Crossing, ...]:
+def crossings(anatomy: Anatomy, units: Mapping[Where, Product]) -> tuple[Crossing, ...]:
     """The matrices between two sites of a layer, which both are sized by."""
     found = []
     for second in (site for site in anatomy.sites if site.elsewhere):
         for first in (site for site in anatomy.sites if site.path == second.path and site.key != second.key):
             for tensor in second.elsewhere & first.shapes.keys():
-                times = first.applied.get(tensor, 1) if matrices else factor
-                found.append(Crossing(first, second, math.prod(first.shapes[tensor]) * times))
+                found.append(Crossing(first, second, units[first.key].matrix(tensor)))
     return tuple(found)
 
 
 def _with_fixed(anatomy: Anatomy, total: float, costs: CostModel, factor: float = 1.0) -> CostModel:
     """Costs whose layers and fixed part make up what is known in all."""
     layers = {key: factor * params for key, params in anatomy.layer_params.items()}
-    for site in anatomy.sites:
+    for site in (site for site in anatomy.sites if not site.is_stem):
         layers[site.key[:2]] -= costs.units[site.key].site(site.sizes)
     partial = replace(costs, layers=layers)
     return replace(partial, fixed=total - partial.total(anatomy.sizes))

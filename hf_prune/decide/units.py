@@ -19,11 +19,11 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
 
     By default neurons, and attention in the largest units that leave a choice: KV groups where query heads share
     several, the heads themselves where each has its own or all share one. Experts go whole where weights count, and get
-    narrower where multiply-adds or time do, as a token goes through the same number of them.
+    narrower where multiply-adds or time do, as a token goes through the same number of them. What lies in a stem stays.
 
     Raises:
         ValueError: units that the stock class cannot express were asked for with stock shapes; units or shapes that
-            this model does not have.
+            this model does not have; units of a stem, in a cost that leaves it out.
     """
     _check_family(anatomy, config)
     axes = {axis for site in anatomy.sites for axis in site.row.axes}
@@ -36,6 +36,7 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
         first = [
             site.outer if (whole if site.routed else site.inner.name in grouped) else site.inner
             for site in anatomy.sites
+            if not site.is_stem
         ]
         first.sort(key=lambda axis: not axis.aligned)
         return list(dict.fromkeys(axis.name for axis in first if axis.name not in silent))
@@ -44,10 +45,24 @@ def choose_units(anatomy: Anatomy, config: PruningConfig) -> list[str]:
         raise ValueError(
             f"units={config.units} with shapes='stock': a stock {anatomy.model_type} config cannot say another number "
             f"of {', '.join(sorted({axis.name for axis in mute} & silent))}. Allowed in stock shapes: "
-            f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove heads"
+            f"{', '.join((*allowed, 'layers', 'tokens'))}. Use shapes='uniform' or 'per_layer' to remove them"
             f"{', or add hidden, with which they go.' if anatomy.family.hidden else '.'}"
         )
+    if config.scope == "blocks" and (units := sorted(_of_stem(anatomy).intersection(config.units))):
+        raise ValueError(
+            f"units={config.units} with scope='blocks', the default of metric='params': {', '.join(units)} of this "
+            f"{anatomy.model_type} lie in front of its blocks, where that cost does not look. Use scope='model'."
+        )
     return list(config.units)
+
+
+def considered(anatomy: Anatomy, units: Sequence[str]) -> Anatomy:
+    """The anatomy that is scored and planned: without the stem, where no units of it are asked for."""
+    return anatomy if _of_stem(anatomy).intersection(units) else anatomy.without_stem()
+
+
+def _of_stem(anatomy: Anatomy) -> set[str]:
+    return {axis.name for site in anatomy.sites if site.is_stem for axis in site.row.axes}
 
 
 def _check_family(anatomy: Anatomy, config: PruningConfig) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .axes import Family, Part
 from .lookup import family_of
 from .maps import matrices_of, positions
-from .outside import image_tokens, other_elements, outside_macs, tower_tokens
-from .sites import Extent, Site, Where, find_sites, find_stacks, module_of, tensor_of
+from .outside import image_tokens, other_elements, outside_macs, rows_outside, tower_tokens
+from .sites import Extent, Site, Where, find_sites, find_stacks, module_of, refused_by, tensor_of
 from .tokens import params_a_token, token_parts
 from .weights import check_model, check_weights
 from .wide import Share, find_hidden, shares
@@ -67,6 +67,16 @@ class Anatomy:
     def extent(self, *where: Any) -> Extent:
         return next(extent for extent in self.extents if extent.where == where)
 
+    def without_stem(self) -> Anatomy:
+        """The anatomy in which the stem lies outside the blocks like all else there, and nothing of it can go."""
+        stem = [site for site in self.sites if site.is_stem]
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if not site.is_stem),
+            extents=tuple(extent for extent in self.extents if not extent.is_stem),
+            outside_macs_token=self.outside_macs_token + sum(s.elements(s.sizes, matrices=True) for s in stem),
+        )
+
     def narrowed(self, sizes: Mapping[Where, Mapping[str, int]]) -> Anatomy:
         """The anatomy with so many units of the axes that run through the whole model, those of `sizes`."""
         left = {
@@ -89,7 +99,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     family = family_of(model)
     sites = find_sites(model, family)
     extents = find_stacks(model, family)
-    paths = {(e.where[0], i): f"{e.path}.{i}" for e in extents for i in range(e.of)}
+    paths = {(e.where[0], i): path for e in extents if not e.is_stem for i, path in enumerate(e.layers)}
     layers = {where: model.get_submodule(path) for where, path in paths.items()}
     in_sites = {f"{site.path}.{part.tensor}" for site in sites for part in site.parts}
     vocabulary, tokens = token_parts(model, [*paths.values()]), image_tokens(model)
@@ -101,8 +111,11 @@ def describe(model: PreTrainedModel) -> Anatomy:
         per_token, per_example = 0.0, float(sum(s for n, s in weighed.items() if not n.startswith(_roots(paths))))
     else:
         inside = {where: other_elements(model, path, in_sites) for where, path in paths.items()}
-        per_token, per_example = outside_macs(model, [*paths.values()], tokens)
-    hidden, reason = find_hidden(model, family, sites)
+        rows = rows_outside(model, [*paths.values()], tokens)
+        sites = [_applied(site, {name: row[0] for name, row in rows.items()}) for site in sites]
+        per_token, per_example = outside_macs(model, rows, in_sites)
+    family, blocks = refused_by(model.config, family), [site for site in sites if not site.is_stem]
+    hidden, reason = find_hidden(model, family, blocks)
     if reason:
         family = replace(family, refused=(*family.refused, ("hidden", reason)))
     return Anatomy(
@@ -110,7 +123,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         family=family,
         sites=tuple(sites),
         extents=(*extents, *_vocabulary(model, family, vocabulary), *hidden),
-        hidden_size=sites[0].hidden if sites else getattr(model.config.get_text_config(), "hidden_size", 0),
+        hidden_size=blocks[0].hidden if blocks else getattr(model.config.get_text_config(), "hidden_size", 0),
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         block_params=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
@@ -127,7 +140,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
 
 
 def _applied(site: Site, positions: Mapping[str, int]) -> Site:
-    """The site with how often its matrices are applied to an image."""
+    """The site with how often its matrices are applied to an image; those of a stem for each token."""
     found = {tensor: positions.get(module_of(f"{site.path}.{tensor}"), 1) for tensor in site.shapes}
     return replace(site, applied=found)
 
@@ -153,7 +166,7 @@ def _narrowed(anatomy: Anatomy, left: Mapping[Where, float]) -> Anatomy:
     values["sites"] = sites = tuple(_narrow_site(site, narrow, left) for site in anatomy.sites)
     values["extents"] = tuple(replace(e, of=round(e.of * left.get(e.where, 1.0))) for e in anatomy.extents)
     values["shares"] = tuple(share.scaled(f) for share, f in zip(anatomy.shares, factors, strict=True))
-    values["hidden_size"] = sites[0].hidden if sites else anatomy.hidden_size
+    values["hidden_size"] = next((site.hidden for site in sites if not site.is_stem), anatomy.hidden_size)
     return replace(anatomy, **{name: _counted(value) for name, value in values.items()})
 
 

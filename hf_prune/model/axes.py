@@ -7,9 +7,10 @@ layer, those of a stack to `model.base_model`. This file needs nothing but Pytho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+STEM = "stem"  # name of the stack of convolutions in front of the layers
 Role = Literal["makes", "reads", "carries", "routes"]
 Stock = Literal["any", "divisors", "none"]
 NormPlace = Literal["", "after", "inside"]  # behind the residual sum (post-LN) · between projection and sum
@@ -105,12 +106,22 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers, and its own axis: the layers."""
+    """A list of layers, and its own axis: the layers. Or a stem, which is one module and is cut as one layer.
 
-    name: str  # encoder, decoder; text, vision, audio: the towers of a model that has several
-    layers: str
+    A stem holds convolutions in front of the layers. It counts among no blocks, and its units go only where
+    `PruningConfig.units` names them.
+    """
+
+    name: str  # encoder, decoder; text, vision, audio: the towers of a model that has several; stem
+    layers: str  # path of the list; of a stem that of the module
     axis: Axis
     sublayers: tuple[Sublayer, ...]  # in the order in which a layer runs them
+    only: tuple[str, str, str] | None = None  # config key, its value in models that have this stack, and why the units
+    # must stay in others
+
+    @property
+    def is_stem(self) -> bool:
+        return self.name == STEM
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,11 @@ class Family:
     shapes: tuple[str, ...] = ("stock", "uniform", "per_layer")  # in which it can be cut
     maps: bool = False  # layers work on maps of pixels: how often a matrix is applied is counted for each, see `maps`
     refused: tuple[tuple[str, str], ...] = ()  # units that cannot go, and why
+
+    @property
+    def layered(self) -> Family:
+        """The row without its stem."""
+        return replace(self, stacks=tuple(stack for stack in self.stacks if not stack.is_stem))
 
 
 # --- how rows are written --------------------------------------------------------------------------------------------

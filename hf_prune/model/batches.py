@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .axes import STEM
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -281,8 +283,8 @@ def token_mask(model: PreTrainedModel, batch: Batch, stack: str) -> torch.Tensor
             mask = batch.inputs.get("attention_mask")  # a classifier that feeds its input to both sides
     else:
         mask = batch.inputs.get("attention_mask")
-    if stack == "vision" or (stack == "encoder" and batch.inputs.keys() & SOUND):
-        return None  # patches, or more samples than tokens
+    if stack in ("vision", STEM) or (stack == "encoder" and batch.inputs.keys() & SOUND):
+        return None  # patches, positions of a stem, or more samples than tokens
     if mask is None or (mask.dim() != 2 and mask.shape != getattr(batch.inputs.get("input_ids"), "shape", None)):
         return None  # none, or one of pairs of tokens
     return mask.flatten().bool()

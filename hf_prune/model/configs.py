@@ -37,6 +37,12 @@ def raw(config: Any, key: str) -> Any:
     return None
 
 
+def holds(config: Any, key: str) -> bool:
+    """Whether a config has room for a key: an entry of a list must be one of its entries."""
+    *_, last = key.split(".")
+    return not last.isdigit() or int(last) < len(raw(config, key.removesuffix(f".{last}")) or ())
+
+
 def set_(config: Any, key: str, value: Any) -> None:
     put_in_(*holder(config, key), value)
 

@@ -23,7 +23,10 @@ SIZES = {  # attributes of modules that repeat a dimension of their weight
     "Conv2d": {"out_channels": 0, "in_channels": 1},
     "BatchNorm1d": {"num_features": 0},
     "BatchNorm2d": {"num_features": 0},
+    "GroupNorm": {"num_channels": 0},
 }
+GROUPS = {"groups": "out_channels", "num_groups": "num_channels"}  # go whole; of a depthwise convolution, and of many
+# norms, one each is a channel
 
 
 def cut_(layer: nn.Module, site: Site, axis: str, kept: Sequence[int]) -> None:
@@ -125,9 +128,9 @@ def say_sizes_(module: Any) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return
-    groups = getattr(module, "groups", 1)
-    if groups > 1:  # of a convolution, which go whole; of a depthwise one each is a channel
-        module.groups = groups * weight.shape[0] // module.out_channels
+    for name, of in GROUPS.items():
+        if (groups := getattr(module, name, 1)) > 1:
+            setattr(module, name, groups * weight.shape[0] // getattr(module, of))
     known = (SIZES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in SIZES)
     for name, axis in next(known, {}).items():
         setattr(module, name, weight.shape[axis] * (module.groups if name == "in_channels" else 1))

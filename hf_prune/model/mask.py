@@ -31,5 +31,5 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Itera
         for extent in anatomy.extents:
             layers = plan.layers(extent.where[0], extent.of) if extent.path else range(extent.of)
             for gone in sorted({*range(extent.of)} - {*layers}):
-                stack.enter_context(skipped(model.get_submodule(f"{extent.path}.{gone}")))
+                stack.enter_context(skipped(model.get_submodule(extent.layers[gone])))
         yield

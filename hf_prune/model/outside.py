@@ -6,15 +6,20 @@ Shapes: T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 
-def outside_macs(model: Any, layers: list[str], tokens: int | None) -> tuple[float, float]:
-    """Multiply-adds outside the blocks: for each token, and for each example."""
-    rows = rows_outside(model, layers, tokens)
-    elements = {name: model.get_submodule(name).weight.numel() for name in rows}
+def outside_macs(model: Any, rows: Mapping[str, tuple[int, int]], but: set[str]) -> tuple[float, float]:
+    """Multiply-adds outside the blocks: for each token, and for each example.
+
+    Args:
+        rows: see `rows_outside`.
+        but: tensors that belong to sites all the same: of a stem.
+    """
+    elements = {name: model.get_submodule(name).weight.numel() * (f"{name}.weight" not in but) for name in rows}
     per_token, per_example = (float(sum(elements[name] * row[i] for name, row in rows.items())) for i in (0, 1))
     return per_token, per_example
 

@@ -229,7 +229,7 @@ def _without(subject: Subject, extent: Extent, gone: int) -> str:
     """Why the model without a layer is not proven."""
     kept = [index for index in range(extent.of) if index != gone]
     try:
-        with skipped(subject.model.get_submodule(f"{extent.path}.{gone}")):
+        with skipped(subject.model.get_submodule(extent.layers[gone])):
             masked = observed(subject.model, list(subject.feeds))
         small = copy.deepcopy(subject.model)
         drop_layers_(small, extent, kept)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .axes import Axis, Family, Part, Stack, Sublayer
+from .axes import STEM, Axis, Family, Part, Stack, Sublayer
 from .configs import raw
 
 Where = tuple[Any, ...]  # (stack, layer, kind) of a site, (stack,) of its layers, () of the model
@@ -41,8 +41,8 @@ class Site:
     routed: int = 0  # units of `outer` that each token goes through; 0: all of them
     multiple: int = 1  # units of `inner` for each that the config counts
     split: int = 1  # groups of as many units of `outer` each, of which none may have more than another
-    applied: Mapping[str, int] = field(default_factory=dict)  # tensor -> positions of an image that it is applied at,
-    # where layers work on maps of pixels
+    applied: Mapping[str, int] = field(default_factory=dict)  # tensor -> positions that it is applied at: of an image,
+    # where layers work on maps of pixels; in a stem for each token
     elsewhere: frozenset[str] = frozenset()  # tensors whose cost an earlier site of the layer counts, see `Crossing`
 
     @property
@@ -52,6 +52,10 @@ class Site:
     @property
     def name(self) -> str:
         return f"{self.stack} layer {self.layer} {self.kind}"
+
+    @property
+    def is_stem(self) -> bool:
+        return self.stack == STEM
 
     @property
     def inner(self) -> Axis:
@@ -191,10 +195,19 @@ class Extent:
     where: Where
     axis: Axis
     of: int
-    path: str = ""  # of the list of layers
+    path: str = ""  # of the list of layers; of a stem that of the module
     parts: tuple[Part, ...] = ()  # of an axis that runs through the whole model, such as the vocabulary, by path in it
     attributes: tuple[str, ...] = ()  # of modules, which repeat its number of units
     never: tuple[int, ...] = ()  # numbers of units of which the class would build another model
+
+    @property
+    def is_stem(self) -> bool:
+        return self.where == (STEM,)
+
+    @property
+    def layers(self) -> list[str]:
+        """The paths of the layers."""
+        return [self.path] if self.is_stem else [f"{self.path}.{index}" for index in range(self.of)]
 
     @property
     def is_wide(self) -> bool:
@@ -217,14 +230,15 @@ def find_sites(model: Any, family: Family) -> list[Site]:
             "encoder-decoder families. Prune the encoder and the decoder before you join them."
         )
     stacks = live_stacks(model, family)
-    if family.stacks and not stacks:
-        wanted = ", ".join(stack.layers for stack in family.stacks)
+    if family.layered.stacks and all(stack.is_stem for stack, _ in stacks):
+        wanted = ", ".join(stack.layers for stack in family.layered.stacks)
         raise ValueError(f"{type(model).__name__}: none of the layer paths of the {family.model_type} row ({wanted}).")
     names = {stack.name for stack, _ in stacks}
     found = [
-        _site(layer, f"{path}.{index}", stack.name, index, _placed(row, family, model.config), names, model.config)
-        for stack, path in stacks
-        for index, layer in enumerate(model.get_submodule(path))
+        _site(layer, path, stack.name, index, _placed(row, family, model.config), names, model.config)
+        for stack, at in stacks
+        for index, path in enumerate(_extent(model, stack, at).layers)
+        for layer in [model.get_submodule(path)]
         for row in stack.sublayers
         if not row.optional or _has(layer, row)
     ]
@@ -244,26 +258,45 @@ def _each_counted_once(sites: Sequence[Site]) -> Iterator[Site]:
 
 def find_stacks(model: Any, family: Family) -> tuple[Extent, ...]:
     """The stacks of a model."""
-    return tuple(
-        Extent((stack.name,), stack.axis, len(model.get_submodule(path)), path)
-        for stack, path in live_stacks(model, family)
-    )
+    return tuple(_extent(model, stack, path) for stack, path in live_stacks(model, family))
+
+
+def _extent(model: Any, stack: Stack, path: str) -> Extent:
+    return Extent((stack.name,), stack.axis, 1 if stack.is_stem else len(model.get_submodule(path)), path)
 
 
 def live_stacks(model: Any, family: Family) -> list[tuple[Stack, str]]:
     """The stacks that this class has (T5EncoderModel and BartForCausalLM have one), and the paths of their layers."""
     names = {id(module): name for name, module in model.named_modules()}
     found = []
-    for stack in family.stacks:
+    for stack in stacks_of(model.config, family):
         with contextlib.suppress(AttributeError):
             found.append((stack, names[id(model.base_model.get_submodule(stack.layers))]))
     return found
 
 
+def stacks_of(config: Any, family: Family) -> list[Stack]:
+    """The stacks whose units can go in models of this config."""
+    return [stack for stack in family.stacks if stack.only is None or raw(config, stack.only[0]) == stack.only[1]]
+
+
+def refused_by(config: Any, family: Family) -> Family:
+    """The row which also says what must stay in models of this config, and why."""
+    here = stacks_of(config, family)
+    why = {
+        axis.name: stack.only[2]
+        for stack in family.stacks
+        if stack.only and stack not in here
+        for row in stack.sublayers
+        for axis in row.axes
+    }
+    return replace(family, refused=(*family.refused, *why.items()))
+
+
 def _placed(row: Sublayer, family: Family, config: Any) -> Sublayer:
     """The row with its norm behind the sum where this model's config wants it there (OPT-350m)."""
     key = family.post_norm_unless
-    return replace(row, norm_place="after") if key and not getattr(config, key) else row
+    return replace(row, norm_place="after") if key and row.norm and not getattr(config, key) else row
 
 
 def _site(layer: nn.Module, path: str, stack: str, index: int, row: Sublayer, stacks: set[str], config: Any) -> Site:

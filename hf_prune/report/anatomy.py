@@ -96,9 +96,15 @@ def stock_note(anatomy: Anatomy) -> str:
         text += f"; saved as {family.as_model_type} (--shapes uniform --model-type {family.as_model_type}): any number"
     if any(extent.where == HIDDEN for extent in anatomy.extents):
         text += ". A narrower stream, too (--units hidden)"
+    stem = next((site for site in anatomy.sites if site.is_stem), None)
+    if stem is not None:
+        shapes = " --shapes per_layer" if stem.inner.stock == "none" else ""
+        text += (
+            f". {stem.inner.name.capitalize()} in front of the layers can go, too (--units {stem.inner.name}{shapes})"
+        )
     if any(site.inner.tied for site in anatomy.sites):
         text += ". All self-attention layers of a stack keep the same heads"
-    if len(family.stacks) > 1:
+    if len(family.layered.stacks) > 1:
         text += ". Counts that differ between layers or stacks are kept under `hf_prune` in config.json (per_layer)"
     missing = "".join(f" No {unit} can go: {why}." for unit, why in family.refused)
     return f"{text}.{missing}"

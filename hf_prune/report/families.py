@@ -103,7 +103,8 @@ def row_of(model_type: str) -> Row:
     if hand:
         row["differs"] = differences(model, hand, found)
     here = {*row["stock"], *row["per_layer"]}
-    row["refused"] = {unit: found.reason(unit)[:200] for unit in UNITS if unit not in here}
+    why = dict(hand.refused) if hand else {}
+    row["refused"] = {unit: why.get(unit, found.reason(unit))[:200] for unit in UNITS if unit not in here}
     return row
 
 

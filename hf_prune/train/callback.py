@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..config import PruningConfig
 from ..decide.allocate import allocate
-from ..decide.units import choose_units, default_align, unit_of
+from ..decide.units import choose_units, considered, default_align, unit_of
 from ..model.anatomy import Anatomy, describe
 from ..model.sites import consumer
 from ..oneshot import Analysis, PruneResult
@@ -127,8 +127,9 @@ class PruningCallback(TrainerCallback):
                 f"PruningCallback masks what one matrix reads, and this {anatomy.model_type} has experts. "
                 "PruningTrainer cuts them."
             )
-        self._anatomy, self._align = anatomy, self.pruning.align or default_align(anatomy, model.device.type)
         units = choose_units(anatomy, self.pruning)
+        anatomy = considered(anatomy, units)
+        self._anatomy, self._align = anatomy, self.pruning.align or default_align(anatomy, model.device.type)
         sizes = {site.key: site.sizes[unit_of(site, units)] for site in anatomy.sites}
         allocate(
             anatomy, {key: torch.ones(size) for key, size in sizes.items()}, self.pruning, self._align

@@ -106,7 +106,7 @@ def _check_depth(student: PreTrainedModel, teacher: PreTrainedModel, config: Dis
 
 def _depths(model: PreTrainedModel) -> dict[str, int]:
     """How many layers each stack has."""
-    layers = {(site.stack, site.layer) for site in find_sites(model, family_of(model))}
+    layers = {(site.stack, site.layer) for site in find_sites(model, family_of(model).layered)}
     return Counter(stack for stack, _ in layers)
 
 

@@ -185,7 +185,7 @@ def watched(model: PreTrainedModel, hidden: bool, attention: bool) -> Iterator[d
 
         return hook
 
-    sites = find_sites(model, family_of(model)) if hidden or attention else []
+    sites = find_sites(model, family_of(model).layered) if hidden or attention else []
     layers = {(site.stack, site.layer, HIDDEN): model.get_submodule(site.path) for site in sites if hidden}
     sublayers = {site.key: consumer(model, site) for site in sites if attention and site.inner.mixes}
     handles = [module.register_forward_hook(keep(key)) for key, module in (layers | sublayers).items()]

@@ -40,6 +40,7 @@ POINTS = 12  # counts timed per site, at most
 ROUNDS, WARMUP = 15, 1  # over all counts and the dense model
 LEVELS, LEVEL_ROUNDS = (2 / 3, 1 / 3, 0.0), 9  # shares of the counts at which the whole model is timed, descending
 PASSES, SHORT = 3, 0.01  # timed in a row at each count after one that warms up; one where a pass takes these seconds
+READ = ("input_ids", "pixel_values")  # what models are timed on
 Inputs = dict[str, Any]
 
 
@@ -251,8 +252,13 @@ def inputs_of(model: PreTrainedModel, anatomy: Anatomy, config: PruningConfig) -
     """The arguments that the model is timed with: random tokens at `latency_batch_size` x `sequence_length`.
 
     Raises:
-        ValueError: `sequence_length` is more than the model has positions for.
+        ValueError: `sequence_length` is more than the model has positions for; a model of sound.
     """
+    if model.main_input_name not in READ:
+        raise ValueError(
+            f"metric='latency' times a model on random {' or '.join(READ)}, and this {anatomy.model_type} reads "
+            f"{model.main_input_name}. Use metric='macs'."
+        )
     limit = positions(model)
     if anatomy.image_tokens is None and limit and config.sequence_length > limit:
         raise ValueError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..axes import Axis, Count, Family, Part, Parts, Stack, Stock, Sublayer
+from ..axes import Count, Family, Part, Parts, Stack, Stock, Sublayer
 from .encoders import bert_ffn, encoder
-from .words import QKV_OUT, attention, ffn, heads, layers, narrowing, neurons, tower
+from .words import QKV_OUT, attention, channels, ffn, heads, layers, narrowing, neurons, tower
 
 
 def vit_attention(stock: Stock = "any", count: str = "num_attention_heads", more: Parts = ()) -> Sublayer:
@@ -72,11 +72,6 @@ STAGES = 6  # at most; four in what is published
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
-def channels(config: str, width: str = "", aligned: bool = True) -> Axis:
-    """Channels between two convolutions, which no key of a config can say."""
-    return Axis("channels", config, "none", width, aligned=aligned)
-
-
 def normed(path: str, name: str = "convolution") -> Parts:
     """The channels that a convolution makes, with the batch norm behind it."""
     norm = (Part(f"{path}.normalization.{each}", 0, ("channels",), "carries") for each in STATISTICS)
@@ -106,7 +101,7 @@ def resnet_layer(stage: str) -> tuple[Sublayer, ...]:
 def regnet_layer(stage: str) -> tuple[Sublayer, ...]:
     """The groups of the middle one of three convolutions, whole; in Y layers a gate for each channel reads them, too,
     and makes as many."""
-    axis = channels(f"{stage}_groups", "layer.1.convolution.weight", aligned=False)
+    axis = channels(f"{stage}_groups", width="layer.1.convolution.weight", aligned=False)
     gate, own = "layer.2.attention", ("channels",)
     gated = (
         *taken_by("layer.3"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..axes import Argument, Axis, Count, Family, NormPlace, Part, Parts, Stack, Stock, Sublayer, made_by, read_by
+from ..axes import STEM, Argument, Axis, Count, Family, NormPlace, Part, Parts, Stack, Stock, Sublayer, made_by, read_by
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -30,6 +30,11 @@ def narrowing(row: Family, config: str = "hidden_size", *also: str) -> Family:
 
 def neurons(config: str, stock: Stock = "any") -> Axis:
     return Axis("neurons", config, stock, aligned=True)
+
+
+def channels(config: str, stock: Stock = "none", width: str = "", aligned: bool = True) -> Axis:
+    """Channels between two convolutions, which few configs have a key for."""
+    return Axis("channels", config, stock, width, aligned=aligned)
 
 
 def layers(config: str, fixed: tuple[int, ...] = ()) -> Axis:
@@ -173,6 +178,17 @@ def experts(
         Count(f"{at}.{columns}", "neurons", "each"),
     )
     return Sublayer("experts", both, parts, counts, optional=True)
+
+
+def stem(path: str, *sublayers: Sublayer, only: tuple[str, str, str] | None = None) -> Stack:
+    """Convolutions in front of the layers, in the module at a path."""
+    return Stack(STEM, path, layers(""), sublayers, only)
+
+
+def between(axis: Axis, kind: str, maker: str, reader: str, more: Parts = (), *counts: Count) -> Sublayer:
+    """What one convolution of a stem makes and the next one reads. `more`: of a norm between them."""
+    parts = (*made_by(maker, axis.name), *more, *read_by(reader, axis.name))
+    return Sublayer(kind, (axis,), parts, counts, optional=True)
 
 
 def tower(row: Family, name: str, path: str, config: str) -> Stack:
