@@ -53,9 +53,9 @@ KINS = (
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
-        "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "memory", "patched", "shelf", "silence", "undo",
-        "weights", "outside", "patches", "maps", "tokens", "embeddings", "depth", "probe", "smaller", "feed",
-        "instance", "effects",
+        "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "memory",
+        "patched", "shelf", "silence", "undo", "weights", "outside", "patches", "maps", "tokens", "embeddings",
+        "depth", "probe", "smaller", "feed", "instance", "effects",
         "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
         "layerwise", "batches",
     ),
