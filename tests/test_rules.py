@@ -64,7 +64,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
     ),
-    "score": ("losses", "passes", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth", "width"),
+    "score": (
+        "factor", "losses", "passes", "checks", "criteria", "experts", "statistics", "scoring", "judge", "depth",
+        "width",
+    ),
     "decide": (
         "units", "ranking", "knapsack", "costs", "allocate", "prices", "latency/table", "latency/clock",
         "latency/cache", "latency/watch",

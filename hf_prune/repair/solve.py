@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
+from ..score.factor import solved
+
 RIDGES = (0.001, 0.01, 0.1, 1.0)  # relative to the mean diagonal of AᵀA
 BLENDS = (0.0, 0.5, 1.0)  # 0 own target, 1 residual target
 GRADIENT_SHARE = 0.5  # of a token's weight in a refit
+COLUMNS = 1024  # of a matrix that are in fp64 at a time
 TOKENS_A_COLUMN = 10  # fewer calibration tokens per refitted column raise the ridge
 
 
@@ -143,7 +146,7 @@ class Shortfall:
     def of(cls, weight: torch.Tensor, moments: Moments) -> Shortfall:
         """weight: what the plain cut leaves, [D, S], the bias as last column where there is one."""
         weight, own, residual = weight.double(), moments.own.double(), moments.residual.double()
-        missing = own - weight @ moments.gram.double()
+        missing = own - torch.cat([weight @ columns.double() for columns in moments.gram.split(COLUMNS, 1)], 1)
         square = moments.target_square - (weight * (missing + own + 2 * residual)).sum()
         tokens = moments.tokens
         return cls(
@@ -161,7 +164,7 @@ class Shortfall:
         if self.has_bias:
             penalty[-1] = 0
         targets = [self.own, self.residual] if with_residual else [self.own]
-        found = _symmetric_solve(self.gram, penalty + 1e-9 * penalty.max(), torch.cat(targets))
+        found = solved(self.gram, penalty + 1e-9 * penalty.max(), torch.cat(targets))
         return found.split(len(self.own))
 
     def errors(self, corrections: Sequence[torch.Tensor], blends: Sequence[float]) -> list[float]:
@@ -175,21 +178,6 @@ class Shortfall:
         return [
             self.before + (terms[0] + blend * terms[1] + blend**2 * terms[2]) / max(self.tokens, 1) for blend in blends
         ]
-
-
-def _symmetric_solve(gram: torch.Tensor, penalty: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """X (G + diag(penalty)) = targets; X and targets: [D, S].
-
-    Scaled to a diagonal of ones, which makes of columns of unlike size no loss of precision (van der Sluis 1969); in
-    fp64 where fp32 finds the matrix not positive.
-    """
-    matrix = gram + torch.diag(penalty)
-    scale = matrix.diagonal().rsqrt()
-    matrix.mul_(scale[:, None]).mul_(scale)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        factor = torch.linalg.cholesky(matrix.double()).to(gram.dtype)
-    return torch.cholesky_solve((targets * scale).T, factor).T * scale
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

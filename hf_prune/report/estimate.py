@@ -14,6 +14,7 @@ from ..model.batches import forward_inputs
 from ..model.weights import quiet
 from ..oneshot import Analysis
 from ..score.criteria import CRITERIA
+from ..score.passes import LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ REPAIR_PASSES = {
     "none": 0.0,
 }  # forward passes over the calibration data, measured
 STATES = 5  # tensors [B, T, D] per example besides the dense stream: the pruned stream, and a layer's targets
-SAVED_HIDDEN, SAVED_WIDE = 12, 6  # activations of one layer kept for a backward pass: [B, T, D] and [B, T, K]
+SAVED_HIDDEN, SAVED_WIDE = 12, 6  # activations of the one layer in a backward pass: [B, T, D] and [B, T, K]
 GRAMS = 4  # matrices [K, K] in fp32: calibration, held-out, and a solve's workspace
 
 
@@ -44,15 +45,16 @@ def cut_seconds(model: PreTrainedModel, analysis: Analysis) -> float:
 
 
 def peak_bytes(model: PreTrainedModel, analysis: Analysis, copies: int = 1) -> float:
-    """Bytes of the weights, the calibration states and the larger of a scoring batch and the normal equations."""
+    """Bytes of the weights, the calibration states (beyond the size of the weights they lie in a file) and the larger
+    of a scoring batch and the normal equations."""
     anatomy, size = analysis.anatomy, model.dtype.itemsize
     tokens = [_tokens(analysis, i) for i in range(len(analysis.batches))]
     widest = max(site.columns for site in anatomy.sites)
     stacks = len({site.stack for site in anatomy.sites})
-    states = (stacks + STATES) * sum(tokens) * anatomy.hidden_size * size
+    one = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = min((stacks + STATES) * sum(tokens) * anatomy.hidden_size * size, one)
     grams = GRAMS * 4 * widest**2
-    weights = copies * sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + max(_scoring_bytes(model, analysis, max(tokens), widest), states + grams)
+    return copies * one + max(_scoring_bytes(model, analysis, max(tokens), widest), states + grams)
 
 
 def _tokens(analysis: Analysis, index: int) -> int:
@@ -65,7 +67,7 @@ def _scoring_bytes(model: PreTrainedModel, analysis: Analysis, tokens: int, wide
     if not CRITERIA[str(analysis.config.criterion)].needs_loss:
         return 0
     layers = len({site.path for site in analysis.anatomy.sites})
-    hidden = layers * (SAVED_HIDDEN * analysis.anatomy.hidden_size + SAVED_WIDE * widest) * model.dtype.itemsize
+    saved = (layers + SAVED_HIDDEN) * analysis.anatomy.hidden_size + SAVED_WIDE * widest
     head = model.get_output_embeddings()
-    logits = 3 * 4 * head.weight.shape[0] if head is not None else 0
-    return tokens * (hidden + logits)
+    logits = min(tokens * head.weight.shape[0], LOGITS) if head is not None else 0
+    return tokens * saved * model.dtype.itemsize + 3 * 4 * logits

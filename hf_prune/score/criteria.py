@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from .factor import inverse_blocks
+
 REPRESENTATION = 2.5e-4  # weight of representational knowledge in K-prune, as its authors run it
 
 
@@ -145,12 +147,12 @@ def hessian(s: SiteStatistics, damping: float = 0.01) -> torch.Tensor:
     The squared error of the consumer's output when the other units are refitted optimally (Hassibi & Stork 1993).
     `damping` is relative to the mean diagonal of G.
     """
-    gram = _damped(s, damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    gram = given(s.gram)
     width = len(gram) // s.units
-    blocks = inverse.view(s.units, width, s.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [U, w, w]
-    weights = s.weight.double().view(-1, s.units, width).permute(1, 2, 0)  # [U, w, D]
-    return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)).float()
+    penalty = torch.full_like(gram[0], damping) * gram.diagonal().mean().clamp_min(1e-12)
+    blocks = inverse_blocks(gram, penalty, width)  # [U, w, w]
+    weights = s.weight.view(-1, s.units, width).permute(1, 2, 0)  # [U, w, D]
+    return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
 
 
 def reap(s: SiteStatistics) -> torch.Tensor:
