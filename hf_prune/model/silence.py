@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .axes import Part
 from .cut import aligned, index_of
+from .offload import replaced
 from .sites import Site, module_of, tensor_of
 
 PRODUCTS = (functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -72,11 +73,8 @@ def closed(root: nn.Module, path: str, kept: torch.Tensor, dim: int) -> Iterator
         with _Closed(kept):
             return original(*args, **kwargs)
 
-    module.forward = forward
-    try:
+    with replaced(module, forward):
         yield
-    finally:
-        del module.forward
 
 
 class _Closed(TorchFunctionMode):

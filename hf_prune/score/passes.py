@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..model.batches import Batch, forward_inputs, is_causal_lm
+from ..model.offload import real, replaced
 from .losses import counted_labels, example_losses, labels_of, token_losses, with_drawn_labels
 
 if TYPE_CHECKING:
@@ -30,15 +31,13 @@ KEEP = "logits_to_keep"  # argument of language models: the positions whose logi
 
 @contextlib.contextmanager
 def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Run layers again in the backward pass instead of keeping what they compute."""
-    patched = list(dict.fromkeys(layers))
-    try:
-        for layer in patched:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    """Run layers again in the backward pass instead of keeping what they compute: to their end, behind which hooks of
+    accelerate's drop the weights that they have loaded."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(set_checkpoint_early_stop(False))
+        for layer in dict.fromkeys(layers):
+            stack.enter_context(replaced(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         yield
-    finally:
-        for layer in patched:
-            layer.__dict__.pop("forward", None)
 
 
 def backward(model: PreTrainedModel, batch: Batch, draw: torch.Generator | None = None) -> None:
@@ -95,13 +94,11 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, given: Any) -> Iterator[tor
     Args:
         given: what the base model gives, which is not run again.
     """
-    width, base = len(model.get_output_embeddings().weight), model.base_model
+    head, base = model.get_output_embeddings(), model.base_model
+    width = len(head.weight)  # type: ignore[union-attr]
     labels = counted_labels(labels_of(model, batch)[:, 1:], width)  # type: ignore[index]
     count, step = (labels >= 0).sum(1).clamp_min(1), max(LOGITS // (batch.size * width), 1)
-    base.forward = lambda *args, **kwargs: given
-    try:
+    with replaced(base, lambda *args, **kwargs: given), real(head):  # type: ignore[arg-type]  # loaded once for all
         for some in torch.arange(labels.shape[1], device=labels.device).split(step):
             logits = model(**forward_inputs(model, batch), **{KEEP: some}).logits
             yield token_losses(logits, labels[:, some]).sum(1) / count
-    finally:
-        del base.forward
