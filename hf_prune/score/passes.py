@@ -95,10 +95,10 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, given: Any) -> Iterator[tor
         given: what the base model gives, which is not run again.
     """
     head, base = model.get_output_embeddings(), model.base_model
-    width = len(head.weight)  # type: ignore[union-attr]
+    width = len(head.weight)
     labels = counted_labels(labels_of(model, batch)[:, 1:], width)  # type: ignore[index]
     count, step = (labels >= 0).sum(1).clamp_min(1), max(LOGITS // (batch.size * width), 1)
-    with replaced(base, lambda *args, **kwargs: given), real(head):  # type: ignore[arg-type]  # loaded once for all
+    with replaced(base, lambda *args, **kwargs: given), real(head):  # loaded once for all
         for some in torch.arange(labels.shape[1], device=labels.device).split(step):
             logits = model(**forward_inputs(model, batch), **{KEEP: some}).logits
             yield token_losses(logits, labels[:, some]).sum(1) / count
