@@ -11,13 +11,15 @@ from torch import nn
 
 from .decide.costs import planned_sizes
 from .model import layerwise
+from .model.along import cut_wide_
 from .model.anatomy import Anatomy
 from .model.batches import Batch, forward_inputs, token_mask
-from .model.cut import cut_, cut_wide_
+from .model.cut import cut_
 from .model.depth import check_droppable, drop_layers_
 from .model.embeddings import counted_from, cut_tokens_
+from .model.offload import device_of, real
 from .model.shelf import Shelf
-from .model.sites import Extent, Site
+from .model.sites import Extent, Site, holders_of
 from .model.weights import quiet
 from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where, must_be_plan
@@ -135,7 +137,8 @@ def _cut_sites_(model: nn.Module, plan: PruningPlan, by_layer: Sequence[Sequence
     for site in (site for sites in by_layer for site in sites):
         chosen = plan.get(site.key)
         if chosen is not None and not chosen.is_identity:
-            cut_(model.get_submodule(site.path), site, chosen.axis, chosen.kept)
+            with real(*holders_of(model, site)):
+                cut_(model.get_submodule(site.path), site, chosen.axis, chosen.kept)
 
 
 def _shorten_(model: Any, anatomy: Anatomy, plan: PruningPlan, batches: Sequence[Batch]) -> None:
@@ -169,7 +172,7 @@ def _of_kept_tokens(batches: Sequence[Batch], ids: Mapping[int, int]) -> list[li
 
 def _first_output(model: Any, rows: Sequence[Sequence[int]], tokens: Collection[int]) -> torch.Tensor:
     """The logits at these tokens, where the model predicts tokens, else its first output."""
-    ids = torch.tensor(rows, device=model.device)
+    ids = torch.tensor(rows, device=device_of(model))
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     output: torch.Tensor = model(**inputs)[0].float()
     return output[..., list(tokens)] if model.get_output_embeddings() is not None else output

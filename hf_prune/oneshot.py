@@ -30,8 +30,9 @@ from .model.batches import Batch, draw
 from .model.configs import all_configs
 from .model.depth import check_droppable
 from .model.memory import given_back
+from .model.offload import check_in_memory, device_of, tie_again_
 from .model.undo import undone_on_error
-from .model.weights import check_loaded, quiet
+from .model.weights import check_cuttable, quiet
 from .model.wide import HIDDEN
 from .plan import Kept, PruningPlan, Where, must_be_plan
 from .score.checks import check_inputs, fit_labels, idle_towers
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANTILES = 33  # of the scores of a site, in its report
+TIMED = "metric='latency' times the model"
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Analysis:
         Raises:
             ValueError: not reachable, or a plan for another model; then nothing has changed.
         """
-        check_loaded(model)
+        check_cuttable(model, self.config.keep if keep is None else keep)
         tried: list[dict[str, Any]] = []
         if plan is None:
             plan, tried = self.decide(model, keep)
@@ -170,10 +172,12 @@ def analyze(
     started = time.perf_counter()
     config = config_or(config)
     anatomy = describe(model)
-    check_loaded(model)
+    check_cuttable(model, config.keep)
+    if config.metric == "latency":
+        check_in_memory(model, TIMED)
     units = choose_units(anatomy, config)
     anatomy = considered(anatomy, units)
-    align = config.align or default_align(anatomy, model.device.type)
+    align = config.align or default_align(anatomy, device_of(model).type)
     _check_repair(anatomy, config)
     words = Vocabulary.of(model, processing_class, vocabulary, data, config) if "tokens" in units else None
     if "layers" in units:
@@ -315,7 +319,8 @@ def prune(
             fitted on them. For language models, text unlike the calibration text.
 
     Raises:
-        ValueError: unknown family; quantised, meta or sharded weights; no loss for a gradient criterion; fewer than 8
+        ValueError: unknown family; quantised, meta or sharded weights (offloaded ones are cut where they lie, but not
+            by latency); no loss for a gradient criterion; fewer than 8
             examples; `keep` not reachable; `repair="bias"` without biases; NaN in the scores; a plan for another
             model; layers or tokens that cannot go. All before anything is changed; and what is stopped later, by an
             error or an interrupt, leaves the model as it was.
@@ -334,7 +339,9 @@ def prune(
     must_be_plan(plan)
     config = config_or(config, lambda: PruningConfig.from_dict(plan.config))
     anatomy = describe(model)
-    check_loaded(model)
+    check_cuttable(model, plan.cost.get("keep", 1.0))
+    if plan.config.get("metric") == "latency":
+        check_in_memory(model, TIMED)
     check_plan(model, anatomy, plan)
     _check_repair(anatomy, config)
     batches = _draw(model, data, config, processing_class, data_collator, guard)
@@ -357,6 +364,8 @@ def _cut_(
     composed = plan if earlier is None else _composed(earlier.plan, plan)
     after, rows = _in_new_tokens(model, analysis, plan)
     timed = plan.config.get("metric") == "latency"
+    if timed:
+        check_in_memory(model, TIMED)
     watch = Watch.start(model, anatomy, PruningConfig.from_dict(plan.config)) if timed else None
     report = _report(analysis, plan) | {"divisions": list(tried)}
     configs = {id(config): config for config in (*all_configs(model), *token_configs(model))}
@@ -370,6 +379,7 @@ def _cut_(
             report["latency"] = watch.stop(model, plan) | {"table": analysis.table.source if analysis.table else None}
         cuts = (*(earlier.cuts if earlier else ()), report)
         model._hf_prune = History(composed, rows, cuts, after)  # type: ignore[assignment]
+    tie_again_(model)
     return PruneResult(model, plan, analysis.scores, report, after or analysis.processing_class)
 
 

@@ -40,6 +40,26 @@ def everything_on_gpu(model):
     return all(tensor.is_cuda for tensor in [*model.parameters(), *model.buffers()])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_spread_over_gpu_memory_and_disk(tied, tmp_path):
+    """The same as on the GPU alone, and the weights lie where they lay."""
+    whole = tiny("LlamaForCausalLM", tie_word_embeddings=tied, num_hidden_layers=3).cuda()
+    ends = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), 0)
+    layers = {"model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}
+    whole.save_pretrained(tmp_path / "dense")
+    spread = (
+        type(whole)
+        .from_pretrained(tmp_path / "dense", device_map=ends | layers, offload_folder=tmp_path / "folder")
+        .eval()
+    )
+    devices = {name: p.device for name, p in spread.named_parameters()}
+    batch, config = tiny_batch(whole, batch=16), PruningConfig(keep=0.7, metric="params", align=1)
+    assert prune(spread, [batch], config).plan == prune(whole, [batch], config).plan
+    assert {name: p.device for name, p in spread.named_parameters()} == devices
+    assert distance(outputs(spread, on_gpu(batch)), outputs(whole, on_gpu(batch))) <= 1e-4
+    assert save_pretrained(spread, tmp_path / "small") <= 1e-5
+
+
 @pytest.mark.parametrize("class_name", FIRST)
 def test_masked_sliced_repaired_reloaded(class_name, cut_shapes, tmp_path):
     """And with the CPU's weights, to rounding: the same plan, cut and refitted on both."""

@@ -53,10 +53,10 @@ KINS = (
 ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
-        "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "cut", "memory",
-        "patched", "shelf", "silence", "undo", "weights", "outside", "patches", "maps", "tokens", "embeddings",
-        "depth", "probe", "smaller", "feed", "instance", "effects",
-        "reading", "experts", "sublayers", "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
+        "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "patched", "memory",
+        "shelf", "offload", "cut", "along", "silence", "undo", "weights", "outside", "patches", "maps", "tokens",
+        "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects", "reading", "experts", "sublayers",
+        "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
         "layerwise", "batches",
     ),
     "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..model import sites
 from ..model.families import family_for
+from ..model.offload import check_in_memory
 from .layout import KEY, write_
 
 
@@ -16,7 +17,8 @@ def as_model_type(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     """The same weights (shared, not copied) in the class of another stock family.
 
     Raises:
-        ValueError: not the other family of this one, layers of different sizes, or biases that the other lacks.
+        ValueError: not the other family of this one, layers of different sizes, biases that the other lacks, or
+            offloaded weights.
     """
     from transformers import AutoConfig
 
@@ -27,6 +29,7 @@ def as_model_type(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
         raise ValueError(
             f"A {family.model_type} model cannot be saved as {model_type!r}; allowed: {family.as_model_type!r}."
         )
+    check_in_memory(model, f"model_type={model_type!r} puts the weights into another class")
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
     values.pop("per_layer_config", None)
     for site in sites.find_sites(model, family):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..files import read_json, write_text
+from ..model.offload import device_of, is_offloaded, streamed_to
 from ..model.probe import random_inputs
 from ..model.weights import quiet
 from .convert import auto_classes
@@ -45,10 +48,10 @@ def proof_inputs(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Te
     """A few rows to compare two forms of a model on: of `batches`, else those kept by prune(), else random ones."""
     if batches is not None:
         known, first = inspect.signature(model.forward).parameters, _first(batches)
-        return {k: v[:PROOF_ROWS].to(model.device) for k, v in first.items() if k in known}
+        return {k: v[:PROOF_ROWS].to(device_of(model)) for k, v in first.items() if k in known}
     history = history_of(model)
     if history is not None and history.batch is not None:
-        return {k: v.to(model.device) for k, v in history.batch.inputs.items()}
+        return {k: v.to(device_of(model)) for k, v in history.batch.inputs.items()}
     return random_inputs(model, PROOF_ROWS, 16)
 
 
@@ -135,9 +138,9 @@ def prove(
 
         opener = getattr(transformers, auto_classes(cls)[0])
         options["trust_remote_code"] = True
-    reloaded = _opened(opener, directory, options).to(model.device)
-    reloaded.set_attn_implementation(model.config._attn_implementation)
-    worst = _apart(expected, _outputs(reloaded, inputs))
+    with _reloaded(model, opener, directory, options) as reloaded:
+        reloaded.set_attn_implementation(model.config._attn_implementation)
+        worst = _apart(expected, _outputs(reloaded, inputs))
     if not worst <= TOLERANCE.get(model.dtype, 1e-4):
         raise RuntimeError(
             f"The saved {cls.__name__} does not reproduce the model in memory: outputs differ by {worst:.2e} of their "
@@ -146,6 +149,17 @@ def prove(
     proof = {"difference": worst, "transformers": version("transformers"), "files": fingerprints(directory)}
     write_text(directory / PROOF_FILE, json.dumps(proof, indent=1) + "\n")
     return worst
+
+
+@contextlib.contextmanager
+def _reloaded(model: PreTrainedModel, opener: Any, directory: Path, options: Mapping[str, Any]) -> Iterator[Any]:
+    """A directory opened where the model in memory computes; of one that is offloaded, weights stay in the files."""
+    if not is_offloaded(model):
+        yield _opened(opener, directory, options).to(model.device)
+        return
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:  # for weights that a class holds in another form
+        on_disk = {"device_map": {"": "disk"}, "offload_folder": scratch}
+        yield streamed_to(device_of(model), _opened(opener, directory, {**options, **on_disk}))
 
 
 def _opened(opener: Any, directory: Path, options: Mapping[str, Any]) -> Any:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..model.weights import check_model
+from ..model.offload import is_offloaded, saveable
+from ..model.weights import check_loaded, check_model
 from .convert import as_model_type
 from .directory import beside, refuse_full
 from .history import History, history_of
 from .proof import prove
 from .remote_code import add_code, coded_class
 
+SHARD = "5GB"  # of offloaded weights that are in memory at once, unless another max_shard_size is asked for
 KWARGS = ("max_shard_size", "save_original_format", "state_dict")
 
 
@@ -58,7 +61,7 @@ def save_pretrained(
     history = history_of(model)
     tokenizer = _tokenizer(model, processing_class, history)
     with beside(target) as temporary:
-        saved.save_pretrained(temporary, **kwargs)
+        _write(saved, temporary, kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if history is not None:
@@ -67,6 +70,15 @@ def save_pretrained(
             add_code(cls, temporary)
         difference = prove(model, temporary, cls, batches, remote_code)
     return difference
+
+
+def _write(model: PreTrainedModel, directory: Path, kwargs: Mapping[str, Any]) -> None:
+    if not is_offloaded(model):
+        model.save_pretrained(directory, **kwargs)
+        return
+    check_loaded(model)
+    with saveable(model):
+        model.save_pretrained(directory, **{"max_shard_size": SHARD, **kwargs})
 
 
 def _tokenizer(model: PreTrainedModel, given: Any, history: History | None) -> Any:

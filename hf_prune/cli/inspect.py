@@ -19,6 +19,7 @@ def run(options: argparse.Namespace) -> None:
     from ..checkpoint.history import PLAN_FILE
     from ..checkpoint.proof import PROOF_FILE
     from ..model.anatomy import describe
+    from ..model.offload import device_of
     from ..report.anatomy import anatomy_rows, facts, reachable_rows, stock_note
     from ..report.engines import checkpoint_rows, engine_rows
     from ..report.table import console, rich_table
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         screen.print(line, markup=False)
     screen.print(rich_table(anatomy_rows(anatomy, length), title="What can be removed"))
     screen.print(stock_note(anatomy), markup=False)
-    least = reachable_rows(anatomy, length, model.device.type)
+    least = reachable_rows(anatomy, length, device_of(model).type)
     screen.print(rich_table(least, title=f"Least share that can remain, at {anatomy.tokens(length)} tokens"))
     if (Path(options.model) / PLAN_FILE).is_file():
         screen.print(rich_table(checkpoint_rows(options.model), title="What opens this checkpoint"))

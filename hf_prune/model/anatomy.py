@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .axes import Family, Part
 from .lookup import family_of
 from .maps import matrices_of, positions
+from .offload import tie_again_
 from .outside import image_tokens, other_elements, outside_macs, rows_outside, tower_tokens
 from .sites import Extent, Site, Where, find_sites, find_stacks, module_of, refused_by, tensor_of
 from .tokens import params_a_token, token_parts
@@ -88,7 +89,7 @@ class Anatomy:
 
 
 def describe(model: PreTrainedModel) -> Anatomy:
-    """The anatomy of a live model, which may be on the meta device.
+    """The anatomy of a live model, which may be on the meta device, or offloaded.
 
     Raises:
         TypeError: no transformers model, or a wrapper of one.
@@ -96,6 +97,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     """
     check_model(model)
     check_weights(model)
+    tie_again_(model)
     family = family_of(model)
     sites = find_sites(model, family)
     extents = find_stacks(model, family)

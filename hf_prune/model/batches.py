@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .axes import STEM
+from .offload import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,7 +212,8 @@ def _default_collator(processing_class: Any) -> Any:
 
 def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tensor) -> Batch:
     parameters = inspect.signature(model.forward).parameters
-    moved = {key: value.to(model.device) for key, value in batch.items()}
+    device = device_of(model)
+    moved = {key: value.to(device) for key, value in batch.items()}
     targets = {key: moved.pop(key) for key in TARGETS if key in moved}
     inputs = {key: value for key, value in moved.items() if key in parameters}
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -221,7 +223,7 @@ def prepare(model: Any, batch: Mapping[str, torch.Tensor], held_out: torch.Tenso
                 f"{type(model).__name__} needs labels or decoder_input_ids in every batch; found {sorted(batch)}."
             )
         inputs["decoder_input_ids"] = _shifted(model, targets["labels"])
-    return Batch(inputs, targets, held_out.to(model.device))
+    return Batch(inputs, targets, held_out.to(device))
 
 
 def _is_seq2seq_lm(model: Any) -> bool:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from .axes import Part
-from .configs import holders, put_in_
-from .sites import Counts, Extent, Site, module_of, tensor_of
+from .sites import Counts, Site, module_of, tensor_of
 
 SIZES = {  # attributes of modules that repeat a dimension of their weight
     "Linear": {"out_features": 0, "in_features": 1},
@@ -86,31 +85,6 @@ def cut_arguments(arguments: Mapping[str, Any], site: Site, axis: str, kept: Seq
             index = torch.tensor(left[argument.axis], device=value.device)
             given[argument.name] = value.index_select(argument.dim, index)
     return given
-
-
-def cut_wide_(model: nn.Module, extent: Extent, kept: Sequence[int]) -> None:
-    """Remove all but the `kept` units of an axis of the whole model, in place; modules and configs then say the new
-    number."""
-    cut_along_(model, extent, kept)
-    for path in extent.attributes:
-        owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, len(kept))
-    for key in (extent.axis.config, *extent.axis.also):
-        for config, name in holders(model, key):
-            put_in_(config, name, len(kept))
-
-
-def cut_along_(model: nn.Module, extent: Extent, kept: Sequence[int]) -> None:
-    """Keep these units [S] in every tensor that an axis runs along, in place; tied tensors stay tied."""
-    axis, done = extent.axis.name, dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]()
-    for part in extent.parts:
-        old, module = tensor_of(model, part.tensor), model.get_submodule(module_of(part.tensor))
-        if (id(old), part.dim) in done:
-            setattr(module, part.tensor.rpartition(".")[2], done[id(old), part.dim][1])
-            say_sizes_(module)
-        else:
-            slice_(model, part.tensor, index_of(part, {axis: kept}, {axis: extent.of}, {axis: 1}), part.dim)
-            done[id(old), part.dim] = old, tensor_of(model, part.tensor)  # the old one too: a freed id comes again
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .configs import holder, keep_layers_, lists_along
+from .offload import forget_
 from .sites import Extent
 
 PERIODS = ("decoder_sparse_step", "moe_layer_interval")  # keys that make every n-th layer another sort
@@ -63,6 +64,7 @@ def drop_layers_(model: Any, extent: Extent, kept: Sequence[int]) -> None:
     layers = model.get_submodule(extent.path)
     owner, _, name = extent.path.rpartition(".")
     setattr(model.get_submodule(owner), name, nn.ModuleList([layers[index] for index in kept]))
+    forget_([module for index, layer in enumerate(layers) if index not in kept for module in layer.modules()])
     for index, layer in enumerate(model.get_submodule(extent.path)):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):

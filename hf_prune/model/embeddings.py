@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .cut import cut_along_
+from .along import cut_along_
 from .sites import Extent, module_of
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from .cut import put_
+from .offload import real
 from .patched import computing
 
 
@@ -105,7 +106,7 @@ def set_down_matrices_(module: Any, matrices: torch.Tensor) -> None:
 @contextlib.contextmanager
 def gated(module: Any, gate: torch.Tensor) -> Iterator[None]:
     """A layer of experts with each expert's output (gate [B, E]) or each neuron (gate [B, E*I]) multiplied by its gate,
-    in fp32. Hooks and forward() are as before afterwards."""
+    in fp32. Hooks and forward() are as before afterwards. Offloaded weights are loaded for each call."""
     experts = len(module.down_proj)
     gates = gate.view(len(gate), experts, -1)
 
@@ -116,14 +117,15 @@ def gated(module: Any, gate: torch.Tensor) -> Iterator[None]:
     def forward(*given: Any) -> torch.Tensor:
         call = Call.of(given)
         total = torch.zeros_like(call.hidden)
-        for expert, rows, places in call.by_expert():
-            inner = neurons(module, expert, call.hidden[rows])
-            if gates.shape[2] > 1:
-                inner = scaled(inner, expert, rows, len(total))
-            made = outputs(module, expert, inner)
-            if gates.shape[2] == 1:
-                made = scaled(made, expert, rows, len(total))
-            total = total.index_add(0, rows, (made * call.weights[rows, places, None]).to(total.dtype))
+        with real(module):
+            for expert, rows, places in call.by_expert():
+                inner = neurons(module, expert, call.hidden[rows])
+                if gates.shape[2] > 1:
+                    inner = scaled(inner, expert, rows, len(total))
+                made = outputs(module, expert, inner)
+                if gates.shape[2] == 1:
+                    made = scaled(made, expert, rows, len(total))
+                total = total.index_add(0, rows, (made * call.weights[rows, places, None]).to(total.dtype))
         return total
 
     with computing(module, forward):

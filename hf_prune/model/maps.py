@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from .offload import unhooked
 from .outside import is_matrix
 from .patches import is_convolution
 from .weights import quiet
@@ -32,7 +33,7 @@ def positions(model: Any) -> dict[str, int]:
     image = torch.empty(1, model.config.num_channels, *image_sides(model.config), device="meta", dtype=model.dtype)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    with quiet(model), contextlib.ExitStack() as hooks:
+    with quiet(model), unhooked(model), contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if applies(module):
                 hooks.callback(module.register_forward_hook(_count(name, found)).remove)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..plan import PruningPlan
 from .anatomy import Anatomy
+from .offload import check_in_memory
 from .silence import skipped, without
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, plan: PruningPlan) -> Itera
 
     Tokens that go are not masked: compare the logits at those that stay. Nor are hidden channels: without them norms
     see other statistics.
+
+    Raises:
+        ValueError: a plan for another model, or offloaded weights.
     """
+    check_in_memory(model, "Masks are put on the weights themselves")
     plan.check(anatomy.model_type, anatomy.words)
     with contextlib.ExitStack() as stack:
         for site in anatomy.sites:

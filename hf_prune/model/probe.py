@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .maps import image_sides
+from .offload import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def probe_inputs(model: PreTrainedModel, length: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Dummy inputs of `length` tokens (one image for vision models, see `image_sides`)."""
-    config, device = model.config, model.device
+    config, device = model.config, device_of(model)
     if model.main_input_name == "pixel_values":
         shape = (batch, config.num_channels, *image_sides(config))
         return {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype)}

@@ -420,3 +420,8 @@ def output_axis(linear: nn.Module) -> int:
 
 def consumer(model: nn.Module, site: Site) -> Any:
     return model.get_submodule(f"{site.path}.{site.consumer}")
+
+
+def holders_of(model: nn.Module, site: Site) -> list[nn.Module]:
+    """The modules whose tensors the axes of a site run along."""
+    return [model.get_submodule(module_of(f"{site.path}.{part.tensor}")) for part in site.parts]

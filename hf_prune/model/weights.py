@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from torch import nn
+
+from .offload import check_readable, check_writable, let_go
 
 WRAPPERS = {"_orig_mod": "torch.compile", "merge_and_unload": "peft", "module": "data parallelism"}
 
@@ -46,15 +49,39 @@ def check_weights(model: nn.Module) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError for weights that are not there."""
-    name = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if name is not None:
-        raise ValueError(f"{name} is on the meta device: load the weights (no offload to disk) before pruning.")
+    """Raise for weights that are nowhere, neither in memory nor where a hook of accelerate's loads them from.
+
+    Raises:
+        ValueError: on the meta device. FileNotFoundError: offloaded to a file that is not there.
+    """
+    for path, module in model.named_modules():
+        name = next((name for name, p in module.named_parameters(path, recurse=False) if p.is_meta), None)
+        if name is not None and not has_offloaded_params(module):
+            raise ValueError(
+                f"{name} is on the meta device: load the weights before pruning. (Offloaded weights may stay where "
+                "they are if accelerate's hooks load each module's by itself, as from_pretrained(device_map=...) and "
+                "dispatch_model attach them: without preload_module_classes, and no two hooks on one module.)"
+            )
+    check_readable(model)
+
+
+def check_cuttable(model: nn.Module, share: float) -> None:
+    """Raise for weights that are nowhere, or whose successors cannot be stored.
+
+    Args:
+        share: of the weights, how much a cut leaves at most.
+
+    Raises:
+        ValueError: on the meta device, or on disk without an offload folder. OSError: the offload folder is of no use.
+    """
+    check_loaded(model)
+    check_writable(model, share)
 
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for the weights; training flags and requires_grad come back, also on error."""
+    """Evaluation mode without gradients for the weights; training flags and requires_grad come back, also on error,
+    and offloaded weights that a stopped pass has left behind are dropped."""
     training = {module: module.training for module in model.modules()}
     requires_grad = {  # by place: a cut puts new parameters there
         (module, name): p.requires_grad
@@ -67,6 +94,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         yield
     finally:
+        let_go(model)
         for module, flag in training.items():
             module.training = flag
         for (module, name), needed in requires_grad.items():

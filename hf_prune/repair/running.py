@@ -18,6 +18,7 @@ from torch import nn
 from ..model.batches import Batch, forward_inputs
 from ..model.cut import put_
 from ..model.layerwise import observed
+from ..model.offload import real
 
 Call = Callable[[], Any]
 
@@ -48,8 +49,9 @@ def estimate_(module: nn.Module, paths: Sequence[str], calls: Sequence[Call], ro
                     sums.add(seen[path][chosen.to(seen[path].device)])
         if sums.positions > 1:
             norm = module.get_submodule(path)
-            put_(norm, "running_mean", sums.mean)
-            put_(norm, "running_var", sums.variance)
+            with real(norm):
+                put_(norm, "running_mean", sums.mean)
+                put_(norm, "running_var", sums.variance)
 
 
 class Spread:

@@ -10,7 +10,6 @@ Shapes: B examples, T tokens, n real tokens, K input columns of a consumer, D hi
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from ..model import layerwise
 from ..model.cut import columns_of, cut_, cut_arguments, kept_columns
 from ..model.experts import Call, down_matrices, set_down_matrices_, slots
 from ..model.layerwise import OUTPUT, Stream
+from ..model.offload import bare, real
 from ..model.patches import area, is_convolution, read_rows
 from ..model.shelf import Shelved
 from ..model.sites import Site, input_axis, readers
@@ -80,34 +80,37 @@ class StackRepair:
         reports: list[dict[str, Any]] = []
         kept = self.plan.layers(self.stack, len(layers))
         for gone in range(kept[0]):
-            self._advance_dense(gone, layers[gone], sites[gone])
+            with real(*layers[gone].modules()):
+                self._advance_dense(gone, layers[gone], sites[gone])
         diverged = any(not torch.equal(a, b) for a, b in zip(self.dense.states, self.pruned.states, strict=True))
         progress = tqdm(kept, desc=f"cut and repair {self.stack}", leave=False)
         for index, following in zip(progress, (*kept[1:], len(layers)), strict=True):
-            layer, here = layers[index], sites[index]
-            reads, targets = self._advance_dense(index, layer, here)
-            self._narrow_(layer, here)
-            for gone in range(index + 1, following):
-                behind = self._advance_dense(gone, layers[gone], sites[gone])[1]
-                if targets and behind:
-                    targets[here[-1].kind] = behind[sites[gone][-1].kind]
-            self._advanced, waiting = False, norms_of(layer) if self.batch_norm else []
-            for position, site in enumerate(here):
-                waiting = self._estimate_(index, layer, waiting, diverged, site.consumer)
-                read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
-                realigned = not site.routed and self._adapt_(index, layer, site, read, diverged)
-                bridges = site is here[-1] and wanted is not None and not site.routed
-                bridges = bridges and self.method == "least_squares"
-                gap = following - index - 1 if bridges else 0
-                if gap or self.channels or not self.plan[site.key].is_identity:
-                    report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
-                    reports.append(report | {"realigned": realigned, "gap": gap})
-                    diverged = True
-                del read, wanted
-            self._estimate_(index, layer, waiting, diverged)
-            if not self._advanced:
-                self._advance_pruned(index, layer)
-            diverged = diverged or following > index + 1
+            with real(*layers[index].modules()):  # loaded once for all batches, stored when done
+                layer, here = layers[index], sites[index]
+                reads, targets = self._advance_dense(index, layer, here)
+                self._narrow_(layer, here)
+                for gone in range(index + 1, following):
+                    with real(*layers[gone].modules()):
+                        behind = self._advance_dense(gone, layers[gone], sites[gone])[1]
+                    if targets and behind:
+                        targets[here[-1].kind] = behind[sites[gone][-1].kind]
+                self._advanced, waiting = False, norms_of(layer) if self.batch_norm else []
+                for position, site in enumerate(here):
+                    waiting = self._estimate_(index, layer, waiting, diverged, site.consumer)
+                    read, wanted = reads.pop(site.kind), targets.pop(site.kind, None)  # large: let go when done
+                    realigned = not site.routed and self._adapt_(index, layer, site, read, diverged)
+                    bridges = site is here[-1] and wanted is not None and not site.routed
+                    bridges = bridges and self.method == "least_squares"
+                    gap = following - index - 1 if bridges else 0
+                    if gap or self.channels or not self.plan[site.key].is_identity:
+                        report = self._site_(index, layer, here[: position + 1], wanted, site is here[-1])
+                        reports.append(report | {"realigned": realigned, "gap": gap})
+                        diverged = True
+                    del read, wanted
+                self._estimate_(index, layer, waiting, diverged)
+                if not self._advanced:
+                    self._advance_pruned(index, layer)
+                diverged = diverged or following > index + 1
         return reports
 
     def _advance_dense(self, index: int, layer: nn.Module, sites: Sequence[Site]) -> tuple[Streams, Streams]:
@@ -161,7 +164,7 @@ class StackRepair:
     def _narrow_(self, layer: nn.Module, sites: Sequence[Site]) -> None:
         """Cut all of a layer that the stream runs along but the columns of its readers, which get adapters."""
         if self.channels is not None:
-            self._norms = {_end(s): copy.deepcopy(layer.get_submodule(_end(s))) for s in sites if s.row.norm_place}
+            self._norms = {_end(s): bare(layer.get_submodule(_end(s))) for s in sites if s.row.norm_place}
             inside = self.channels.inside(sites[0].path)
             inside.cut_(layer, lambda module: True, [path for site in sites for path in readers(site)])
 

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.cut import cut_along_, cut_wide_, put_, say_sizes_
+from ..model.along import cut_along_, cut_wide_
+from ..model.cut import put_, say_sizes_
 from ..model.layerwise import OUTPUT, observed
+from ..model.offload import device_of, real, tie_again_
 from ..model.sites import Extent, input_axis, module_of, tensor_of
 from ..score.statistics import rows_of
 from .solve import RIDGES, ChannelSums, Moments, fold, refit, refit_channels
@@ -98,20 +100,22 @@ class Channels:
 
 def matrix_of(linear: Any) -> torch.Tensor:
     """Weight [D, K] of a linear module or convolution in fp32, with the bias as last column where there is one."""
-    weight = linear.weight.detach().float()
-    weight = weight.T if input_axis(linear) == 0 else weight.flatten(1)
-    return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
+    with real(linear):
+        weight = linear.weight.detach().float()
+        weight = weight.T if input_axis(linear) == 0 else weight.flatten(1)
+        return weight.clone() if linear.bias is None else torch.cat([weight, linear.bias.detach().float()[:, None]], 1)
 
 
 def set_matrix_(linear: Any, matrix: torch.Tensor) -> None:
     """Put back what `matrix_of` gave, of other columns or rows too, in the weight's own dtype."""
-    if linear.bias is not None:
-        put_(linear, "bias", matrix[:, -1])
-        matrix = matrix[:, :-1]
     kernel = linear.weight.shape[2:]  # of a convolution
+    weight = matrix if linear.bias is None else matrix[:, :-1]
     if kernel:
-        matrix = matrix.unflatten(1, (-1, *kernel))
-    put_(linear, "weight", matrix.T if input_axis(linear) == 0 else matrix)
+        weight = weight.unflatten(1, (-1, *kernel))
+    with real(linear):
+        if linear.bias is not None:
+            put_(linear, "bias", matrix[:, -1])
+        put_(linear, "weight", weight.T if input_axis(linear) == 0 else weight)
     say_sizes_(linear)
 
 
@@ -146,6 +150,7 @@ class Outside:
 
     def watch(self) -> None:
         """See what they give and read while the model is whole."""
+        tie_again_(self.model)
         first, self.readers = f"{self.layers}.0", self._adapted()
         norms = list(filter(self.is_outside, self._norms()))
         for inputs in self.inputs:
@@ -190,7 +195,7 @@ class Outside:
         return getattr(self.model.get_submodule(path), "bias", None) is not None
 
     def _sums(self, path: str) -> list[Moments]:
-        device = tensor_of(self.model, f"{path}.weight").device
+        device = device_of(self.model.get_submodule(path))
         sets = 1 + max(int(held_out.max()) for held_out in self.held_out)
         return [self.channels.moments(self._bias(path), device) for _ in range(sets)]
 
@@ -203,7 +208,7 @@ class Outside:
     def _refit_norm_(self, path: str) -> None:
         norm: Any = self.model.get_submodule(path)
         sets = 1 + max(int(held_out.max()) for held_out in self.held_out)
-        sums = [ChannelSums(len(norm.weight), norm.weight.device) for _ in range(sets)]
+        sums = [ChannelSums(len(norm.weight), device_of(norm)) for _ in range(sets)]
         for number, x, y in self._rows(path, set(), self.channels.extent.of):
             sums[number].add(x, self.channels.of(y))
         rescale_norm_(
@@ -232,9 +237,10 @@ def rescale_norm_(norm: Any, found: tuple[torch.Tensor, torch.Tensor] | None, of
     if found is None:
         return False
     scale, shift = found
-    put_(norm, "weight", scale * (norm.weight + offset) - offset)
-    if getattr(norm, "bias", None) is not None:
-        put_(norm, "bias", scale * norm.bias + shift)
+    with real(norm):
+        put_(norm, "weight", scale * (norm.weight + offset) - offset)
+        if getattr(norm, "bias", None) is not None:
+            put_(norm, "bias", scale * norm.bias + shift)
     return True
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..model.batches import forward_inputs
+from ..model.offload import device_of
 from ..model.weights import quiet
 from ..oneshot import Analysis
 from ..score.criteria import CRITERIA
@@ -32,13 +33,13 @@ GRAMS = 4  # matrices [K, K] in fp32: calibration, held-out, and a solve's works
 
 def cut_seconds(model: PreTrainedModel, analysis: Analysis) -> float:
     """Seconds to cut and repair once: passes per repair x a forward pass, which is timed on the middle batch."""
-    middle = analysis.batches[len(analysis.batches) // 2]
+    middle, device = analysis.batches[len(analysis.batches) // 2], device_of(model)
     with quiet(model), torch.inference_mode():
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             model(**forward_inputs(model, middle))
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             taken = time.perf_counter() - started
     examples = sum(batch.size for batch in analysis.batches)
     return REPAIR_PASSES[analysis.config.repair] * taken * examples / middle.size

@@ -26,6 +26,7 @@ from ..decide.latency.cache import device_name
 from ..decide.latency.clock import timed
 from ..decide.units import default_align
 from ..model.anatomy import Anatomy, describe
+from ..model.offload import check_in_memory, device_of
 from ..model.probe import cache_argument, positions, random_inputs
 from ..model.weights import quiet
 from .resident import footprint
@@ -82,11 +83,14 @@ def compare(
         its `speedup` over the first model.
 
     Raises:
-        ValueError: unknown family, quantised weights; a shape longer than a model's positions; no runs.
+        ValueError: unknown family, quantised weights, or offloaded ones to be timed; a shape longer than a model's
+            positions; no runs.
     """
     if runs < 1:
         raise ValueError(f"runs={runs}: at least one is timed. To time nothing, give no shapes.")
     opened = {name: _open(model) for name, model in models.items()}
+    for model in opened.values() if shapes else ():
+        check_in_memory(model, "Latency is measured")
     new_tokens = new_tokens if all(_generates(model) for model in opened.values()) else 0  # what all of them do
     for name, model in opened.items():
         _check_length(name, model, [length + new_tokens for _, length in shapes])
@@ -103,7 +107,7 @@ def compare(
                     entry(what, seconds, batch, length, first[what]) for what, seconds in found.items()
                 ]
     for name, row in rows.items():
-        row["notes"] = _notes(row["latency"], describe(opened[name]), opened[name].device.type)
+        row["notes"] = _notes(row["latency"], describe(opened[name]), device_of(opened[name]).type)
     return rows
 
 
@@ -139,8 +143,8 @@ def _size(model: PreTrainedModel, given: Measurable, sequence_length: int) -> di
         "latency": [],
         "settings": {
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "device_name": device_name(model.device),
+            "device": str(device_of(model)),
+            "device_name": device_name(device_of(model)),
             "threads": torch.get_num_threads(),
             "attention": model.config._attn_implementation,
             "torch": torch.__version__,

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..model.batches import Batch, forward_inputs, is_causal_lm
+from ..model.offload import is_offloaded, real
 from ..model.patched import computing
 from .losses import counted_labels, example_losses, labels_of, token_losses, with_drawn_labels
 
@@ -30,9 +31,11 @@ KEEP = "logits_to_keep"  # argument of language models: the positions whose logi
 
 
 @contextlib.contextmanager
-def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed(layers: Collection[nn.Module]) -> Iterator[None]:
     """Run layers again in the backward pass instead of keeping what they compute."""
     with contextlib.ExitStack() as stack:
+        # offloaded ones to their end, behind which hooks of accelerate's drop the weights that they have loaded
+        stack.enter_context(set_checkpoint_early_stop(not any(map(is_offloaded, layers))))
         for layer in dict.fromkeys(layers):
             stack.enter_context(computing(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         yield
@@ -92,10 +95,11 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, given: Any) -> Iterator[tor
     Args:
         given: what the base model gives, which is not run again.
     """
-    width, base = len(model.get_output_embeddings().weight), model.base_model
+    head, base = model.get_output_embeddings(), model.base_model
+    width = len(head.weight)
     labels = counted_labels(labels_of(model, batch)[:, 1:], width)  # type: ignore[index]
     count, step = (labels >= 0).sum(1).clamp_min(1), max(LOGITS // (batch.size * width), 1)
-    with computing(base, lambda *args, **kwargs: given):
+    with computing(base, lambda *args, **kwargs: given), real(head):  # loaded once for all
         for some in torch.arange(labels.shape[1], device=labels.device).split(step):
             logits = model(**forward_inputs(model, batch), **{KEEP: some}).logits
             yield token_losses(logits, labels[:, some]).sum(1) / count

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from ..model import experts, layerwise
 from ..model.batches import Batch, forward_inputs, token_mask
 from ..model.layerwise import OUTPUT
+from ..model.offload import device_of, real
 from ..model.patches import area, made_rows, read_rows, times_gate
 from ..model.shelf import Shelf
-from ..model.sites import Site, consumer, input_axis, tensor_of
+from ..model.sites import Site, consumer, holders_of, input_axis, tensor_of
 from ..model.weights import quiet
 from ..plan import Where
 from .criteria import Criterion, SiteStatistics
@@ -84,9 +85,8 @@ def gradients(
         draw_labels: draw the labels from the model's own predictions with this generator instead.
         outputs: sums [D, D] to which the products ggᵀ of the gradients at each token's output are added, by site.
     """
-    gates = {
-        site.key: torch.ones(batch.size, units[site.key], device=model.device, requires_grad=True) for site in sites
-    }
+    device = device_of(model)
+    gates = {site.key: torch.ones(batch.size, units[site.key], device=device, requires_grad=True) for site in sites}
     tokens: dict[Where, torch.Tensor] = {}
     layers = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
     watched = _output_gradients(model, sites, tokens, outputs or {})
@@ -168,10 +168,12 @@ def statistics(
         gates = _gates(model, sites, units, batches, criterion, generator, ranks) if criterion.needs_loss else {}
         for site, moments in _moments(model, sites, axes, batches, criterion, ranks):
             found = {"generator": generator, **gates.pop(site.key, {}), **moments}
-            if site.routed:
-                yield site, expert_statistics(model.get_submodule(site.path), site, axes[site.key], found)
-            else:
-                yield site, [_of_matrix(model, site, axes[site.key], found)]
+            with real(*holders_of(model, site)):
+                if site.routed:
+                    each = expert_statistics(model.get_submodule(site.path), site, axes[site.key], found)
+                else:
+                    each = [_of_matrix(model, site, axes[site.key], found)]
+            yield site, each
 
 
 def _of_matrix(model: nn.Module, site: Site, axis: str, found: Found) -> SiteStatistics:
@@ -195,13 +197,13 @@ def _gates(
     ranks: Ranks,
 ) -> dict[Where, Found]:
     """What the gradients tell, per site; those of the gates of each example only where the criterion needs them."""
-    names = ("gate_square", "gate_abs")
+    names, device = ("gate_square", "gate_abs"), device_of(model)
     found: dict[Where, Found] = {
-        site.key: {name: torch.zeros(units[site.key], device=model.device) for name in names} for site in sites
+        site.key: {name: torch.zeros(units[site.key], device=device) for name in names} for site in sites
     }
     outputs = {}
     for site in sites if "outputs" in criterion.needs else ():
-        outputs[site.key] = torch.zeros(site.hidden, site.hidden, device=model.device)
+        outputs[site.key] = torch.zeros(site.hidden, site.hidden, device=device)
     each: dict[Where, list[torch.Tensor]] = {site.key: [] for site in sites}
     # where every token predicts something, all matter, and weights by one label's gradient are but noise (measured)
     weighed = [site for site in sites if site.active and not any(predicts_tokens(model, batch) for batch in batches)]
@@ -264,14 +266,15 @@ def _walk(
         progress = tqdm(paths, desc=f"scoring {stack}", leave=False)
         for path, layer, kwargs in zip(progress, layers, stream.kwargs, strict=True):
             here = [site for site in sites if site.path == path]
-            found = {site.key: _sums(model, site, axes[site.key], full) for site in here}
-            for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
-                seen = layerwise.run(layer, state, arguments, inputs_of=[site.consumer for site in here])
-                stream.states[index] = seen[OUTPUT]
-                for site in here:
-                    if site.consumer in seen:
-                        x, module = seen[site.consumer], layer.get_submodule(site.consumer)
-                        found[site.key].see(x if site.routed else read_rows(module, x), masks[index])
+            with real(*layer.modules()):  # loaded once for all batches
+                found = {site.key: _sums(model, site, axes[site.key], full) for site in here}
+                for index, (state, arguments) in enumerate(zip(stream.states, kwargs, strict=True)):
+                    seen = layerwise.run(layer, state, arguments, inputs_of=[site.consumer for site in here])
+                    stream.states[index] = seen[OUTPUT]
+                    for site in here:
+                        if site.consumer in seen:
+                            x, module = seen[site.consumer], layer.get_submodule(site.consumer)
+                            found[site.key].see(x if site.routed else read_rows(module, x), masks[index])
             for site in here:
                 yield site, found.pop(site.key).means(ranks)
 
@@ -279,7 +282,7 @@ def _walk(
 def _sums(model: PreTrainedModel, site: Site, axis: str, full: bool) -> Any:
     if site.routed:
         return ExpertSums(consumer(model, site), axis == site.outer.name, full)
-    return Sums(site.columns * area(consumer(model, site)), model.device, full)
+    return Sums(site.columns * area(consumer(model, site)), device_of(model), full)
 
 
 class Sums:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..model.batches import Batch, forward_inputs, token_mask
+from ..model.offload import device_of, real
 from ..model.sites import Extent, module_of, tensor_of
 from ..model.weights import quiet
 from .criteria import CRITERIA, Criterion, SiteStatistics
@@ -77,7 +78,7 @@ def _gradients(
     layers: Sequence[nn.Module],
 ) -> dict[str, torch.Tensor]:
     """The mean square and the mean absolute value over examples of each gate's gradient, [D]."""
-    square, absolute = torch.zeros(2, extent.of, device=model.device)
+    square, absolute = torch.zeros(2, extent.of, device=device_of(model))
     for batch in batches:
         gradient = gate_gradients(model, extent, batch, draw, layers)
         square += gradient.square().sum(0)
@@ -99,7 +100,7 @@ def gate_gradients(
         layers: that are run again in the backward pass.
         draw: draw the labels from the model's own predictions with this generator instead.
     """
-    gate = torch.ones(batch.size, extent.of, device=model.device, requires_grad=True)
+    gate = torch.ones(batch.size, extent.of, device=device_of(model), requires_grad=True)
 
     def multiplied(output: torch.Tensor) -> torch.Tensor:
         rows = output.float().reshape(batch.size, -1, extent.of)
@@ -113,7 +114,7 @@ def gate_gradients(
 @torch.no_grad()
 def _moments(model: PreTrainedModel, extent: Extent, batches: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
     """Mean, mean square and second moments of what the norms give, over all of them and all real tokens."""
-    sums = Sums(extent.of, model.device, full=True)
+    sums = Sums(extent.of, device_of(model), full=True)
     for batch in batches:
         mask = token_mask(model, batch, "")
 
@@ -143,7 +144,8 @@ def _squares(model: nn.Module, extent: Extent, roles: Sequence[str]) -> torch.Te
     """Sum of squares of a channel's weights in matrices (and vectors) of these roles, [D]."""
     total = torch.zeros(extent.of)
     for part in extent.parts:
-        weight = tensor_of(model, part.tensor).detach()
         if part.role in roles:
-            total += weight.float().square().movedim(part.dim, 0).reshape(extent.of, -1).sum(1).cpu()
+            with real(model.get_submodule(module_of(part.tensor))):
+                weight = tensor_of(model, part.tensor).detach()
+                total += weight.float().square().movedim(part.dim, 0).reshape(extent.of, -1).sum(1).cpu()
     return total

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..checkpoint.directory import resolved
 from ..config import DistillationConfig, PruningConfig
 from ..model.batches import even_positions
+from ..model.offload import check_in_memory
 from ..model.weights import check_model
 
 KINDS = {"pruning": PruningConfig, "distillation": DistillationConfig, "peft_config": PeftConfig}
@@ -54,7 +55,8 @@ def check_student(model: Any) -> None:
     """Raise for a model that cannot be cut. A name is not looked at: the trainer may open it.
 
     Raises:
-        ValueError: it has adapters. TypeError: it is wrapped in another module, or is no transformers model.
+        ValueError: it has adapters, or offloaded weights. TypeError: it is wrapped in another module, or is no
+            transformers model.
     """
     if hasattr(model, "merge_and_unload"):
         raise ValueError(
@@ -63,6 +65,7 @@ def check_student(model: Any) -> None:
         )
     if model is not None and not isinstance(model, str):
         check_model(model)
+        check_in_memory(model, "Training changes the weights themselves")
 
 
 def check_units(pruning: PruningConfig, refused: Sequence[str], why: str) -> None:
@@ -98,6 +101,7 @@ def check_given_teacher(student: Any, teacher: Any, distillation: Any) -> None:
             "DistillationConfig(teacher=...)."
         )
     check_model(teacher)
+    check_in_memory(teacher, "The teacher is moved to where the student trains")
     if teacher is student:
         raise ValueError(
             "teacher= is the model that is to be cut. Leave it out: a copy of the model as it is now then teaches."

@@ -17,6 +17,7 @@ from ..config import PruningConfig
 from ..decide.allocate import allocate
 from ..decide.units import choose_units, considered, default_align, unit_of
 from ..model.anatomy import Anatomy, describe
+from ..model.offload import check_in_memory
 from ..model.sites import consumer
 from ..oneshot import Analysis, PruneResult
 from ..plan import PruningPlan, Where
@@ -122,6 +123,7 @@ class PruningCallback(TrainerCallback):
 
     def _start(self, model: Any) -> None:
         anatomy: Anatomy = describe(model)
+        check_in_memory(model, "Training changes the weights themselves")
         if any(site.routed for site in anatomy.sites):
             raise ValueError(
                 f"PruningCallback masks what one matrix reads, and this {anatomy.model_type} has experts. "

@@ -20,11 +20,17 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState,
 from ..checkpoint.directory import clear
 from ..checkpoint.history import PLAN_FILE, history_of
 from ..config import DistillationConfig, PruningConfig
-from ..model.weights import check_model
 from ..oneshot import PruneResult
 from ..score.statistics import Ranks
 from .adapters import adapted, check_adapters, home_of, merged, plain
-from .arguments import calibration_batches, check_early, check_given, check_optimizer, check_unsharded
+from .arguments import (
+    calibration_batches,
+    check_early,
+    check_given,
+    check_optimizer,
+    check_student,
+    check_unsharded,
+)
 from .callback import PruningCallback
 from .card import stated
 from .resume import checkpoint_for, known_by, step_of, trainer_state
@@ -107,7 +113,7 @@ class PruningMixin(Mixed):
             self._teach()
 
     def _check_cut(self, model: PreTrainedModel) -> None:
-        check_model(model)
+        check_student(model)
         if any(isinstance(callback, PruningCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("pruning= and a PruningCallback both cut the model. Give one of them.")
         if self.peft_config is not None and not hasattr(self.model, "merge_and_unload"):
