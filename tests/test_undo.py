@@ -13,6 +13,7 @@ from torch import nn
 from hf_prune import PruningConfig, describe, execute, oneshot, prune
 from hf_prune.checkpoint import layout
 from hf_prune.model import cut as cutting
+from hf_prune.model import undo
 from hf_prune.model.undo import undone_on_error
 from hf_prune.repair import walk
 
@@ -179,3 +180,20 @@ def test_a_tie_between_layers_comes_back():
     with pytest.raises(KeyboardInterrupt):
         change()
     assert second.weight is first.weight
+
+
+def test_old_weights_in_a_file_come_back(monkeypatch):
+    """Bit by bit, tied ones as one, and those that nobody replaced are still the same objects."""
+    monkeypatch.setattr(undo, "ROOM", 0)
+    model = tiny("LlamaForCausalLM", tie_word_embeddings=True)
+    model.tie_weights()
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
+    before, untouched = snapshot(model), model.model.norm.weight
+    put_back = undo.remembered(list(model.modules()), [model.config])
+    for module in (model.model.embed_tokens, model.model.layers[0].mlp.down_proj):
+        module.weight = nn.Parameter(module.weight[:3].detach().clone())
+    assert [*changed(before, model)]
+    put_back()
+    assert [*changed(before, model)] == []
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.norm.weight is untouched
