@@ -51,12 +51,15 @@ def prune_checkpoint(
 ) -> PruneResult:
     """Prune a checkpoint from file to file: plan and weights are those of `prune`, the model is never whole in memory.
 
-    What is in memory at once: the weights of one layer; the embeddings; the activations of one batch; and a few square
-    matrices in fp32 as wide as a layer's FFN, which dominate where that is wide (hidden 4096, FFN 14336: 0.8 GB each).
-    Calibration states beyond the size of the largest weight lie in a file in TMPDIR. On the disk of `out` there must be
-    room for twice the result: the weights that are cut lie in a temporary directory beside it, `.hf_prune-*-stream`,
-    which is removed at the end, also after an error or an interrupt. What a killed run leaves of it is removed by the
-    next run beside it, which gives the same bytes.
+    What is in memory at once: the weights of one layer, or the embeddings; the activations of one batch; and a few
+    square matrices in fp32 as wide as a layer's FFN, which dominate where that is wide (14336 neurons: 0.8 GB each).
+    Experts that transformers fuses on loading are split again in memory, one shard of the result at a time.
+    Calibration states beyond the size of the largest weight lie in a file in TMPDIR.
+
+    On the disk of `out` there must be room for twice the result, and for the source where experts are fused: these and
+    the weights that are cut lie in a temporary directory beside `out`, `.hf_prune-*-stream`. It is removed at the end,
+    also after an error or an interrupt. A killed run leaves it, and `.hf_prune-*` if it was saving; the next run beside
+    it removes both, and gives the bytes that the killed one would have given.
 
     Args:
         source: a directory with safetensors, or a Hub id. It is read and never written to.

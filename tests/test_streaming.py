@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import tiny_text
 import torch
 from children import forked, signal_of
+from hub_server import Hub
 from safetensors import safe_open
 from tiny import tiny, tiny_batch
 
@@ -32,7 +38,6 @@ CASES = {  # class, changes, how it lies in files, the cut
     "tied, a narrower stream": ("LlamaForCausalLM", {"tie_word_embeddings": True}, SHARDED, WIDE),
     "bert": ("BertForSequenceClassification", {}, SHARDED, CUT),
     "experts that are fused on loading": ("MixtralForCausalLM", {}, SHARDED, CUT),
-    "t5": ("T5ForConditionalGeneration", {}, {}, CUT),
 }
 
 
@@ -92,6 +97,47 @@ def test_half_precision_stays_and_another_can_be_asked_for(tmp_path):
         assert {tensor.dtype for tensor in contents(tmp_path / dtype).values()} == {expected}
 
 
+@pytest.mark.parametrize("shapes", ["uniform", "per_layer"])
+def test_what_was_pruned_is_pruned_again(shapes, tmp_path):
+    """Read by hf_prune's own loader; the plans compose."""
+    config = dataclasses.replace(CUT, keep=0.8, shapes=shapes)
+    model = saved(tmp_path, "BertForSequenceClassification")
+    prune_checkpoint(tmp_path / "dense", data(model), config, out=tmp_path / "once")
+    again = type(model).from_pretrained(tmp_path / "once").eval()
+    found = prune_checkpoint(tmp_path / "once", data(model), config, out=tmp_path / "twice")
+    assert found.plan == prune(again, data(model), config).plan
+    save_pretrained(again, tmp_path / "whole")
+    assert files_of(tmp_path / "twice") == files_of(tmp_path / "whole")
+    assert PruningPlan.load(tmp_path / "twice" / "pruning_plan.json") == again._hf_prune.plan
+
+
+BY_ID = """
+from test_streaming import CUT, data
+from tiny import tiny
+from hf_prune import prune_checkpoint
+import sys
+prune_checkpoint("me/dense", data(tiny("LlamaForCausalLM")), CUT, out=sys.argv[1])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of httpx
+def test_by_its_id_on_the_hub(tmp_path):
+    """Only what is read is downloaded."""
+    model = saved(tmp_path, **SHARDED)
+    prune_checkpoint(tmp_path / "dense", data(model), CUT, out=tmp_path / "small")
+    with Hub() as hub:
+        home = {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
+        hub.repos["me/dense"] = {"main": {**home, "pytorch_model.bin": b"0" * 2000}}
+        known = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+        env = {**known, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", BY_ID, str(tmp_path / "other")]
+        done = subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True)
+        hub.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files_of(tmp_path / "other") == files_of(tmp_path / "small")
+    assert not list((tmp_path / "home").rglob("pytorch_model.bin"))
+
+
 def test_a_plan_is_replayed(tmp_path):
     model = saved(tmp_path)
     plan = analyze(model, data(model), CUT).plan()
@@ -112,6 +158,56 @@ def test_calibration_states_lie_in_a_file(tmp_path, monkeypatch):
     prune_checkpoint(tmp_path / "dense", data(model), CUT, out=tmp_path / "small")
     assert {*rooms} == {0}
     assert offload.bytes_in_memory(model) == sum(4 * p.numel() for p in model.parameters())
+
+
+def anonymous():
+    """Bytes of this process that are no pages of files (which the kernel drops as it needs to)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def peak_of(run):
+    """What `anonymous` rises by at most while something runs, sampled by a thread."""
+    before, found, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            found.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        run()
+    finally:
+        done.set()
+        thread.join()
+    return max(found) - before
+
+
+MEASURED = """
+from test_streaming import peak_of, saved
+from tiny import tiny_batch
+import pathlib, sys, torch
+from hf_prune import PruningConfig, prune_checkpoint
+torch.set_num_threads(1)
+home = pathlib.Path(sys.argv[1])
+batch = tiny_batch(saved(home / "first"), batch=16)
+config = PruningConfig(keep=0.9, metric="params", units=["neurons"], criterion="fisher", repair="none")
+run = lambda home: prune_checkpoint(home / "dense", [batch], config, out=home / "small")
+run(home / "first")  # imports what it needs
+print(peak_of(lambda: run(home)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells what is anonymous")
+def test_the_model_is_never_whole_in_memory(tmp_path):
+    """Nor half of it: one layer of 24, its gradients, and what Python needs. (A repair's matrices come on top.)"""
+    size = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
+    whole = offload.bytes_in_memory(saved(tmp_path, changes=size, max_shard_size="20MB"))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) < whole / 2
 
 
 # --- stopped ---------------------------------------------------------------------------------------------------------
