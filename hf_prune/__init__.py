@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .oneshot import PruneResult, analyze, prune
     from .plan import PruningPlan
     from .report.measure import measure
+    from .streaming import prune_checkpoint
     from .train.callback import PruningCallback
     from .train.trainer import PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
 
@@ -35,6 +36,7 @@ __all__ = [
     "describe",
     "measure",
     "prune",
+    "prune_checkpoint",
     "register_family",
     "save_pretrained",
     "verify",
@@ -53,6 +55,7 @@ _HOME = {
     "describe": "model.anatomy",
     "measure": "report.measure",
     "prune": "oneshot",
+    "prune_checkpoint": "streaming",
     "register_family": "model.families",
     "save_pretrained": "checkpoint.save",
     "verify": "checkpoint.proof",

@@ -31,7 +31,7 @@ FLAGS = {
         "--align --allocation --batch-norm --calibration-samples --calibration-seed --candidates --criterion --data "
         "--debug --device-map --dry-run --dtype --help --keep --label-column --latency-batch-size --layer-criterion "
         "--max-tokens --metric --min-count --model-type --out --overwrite --preset --remote-code --repair --revision "
-        "--scope --sequence-length --shapes --split --task --text-column --tokenizer --units --vocabulary"
+        "--scope --sequence-length --shapes --split --stream --task --text-column --tokenizer --units --vocabulary"
     ),
     "train": "--debug --help --set",
 }

@@ -54,12 +54,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (), "plan": (), "schedules": (), "config": (),
     "model": (
         "axes", *(f"families/{kin}" for kin in KINS), "families/__init__", "configs", "sites", "patched", "memory",
-        "shelf", "offload", "cut", "along", "silence", "undo", "weights", "outside", "patches", "maps", "tokens",
+        "offload", "shelf", "cut", "along", "silence", "undo", "weights", "outside", "patches", "maps", "tokens",
         "embeddings", "depth", "probe", "smaller", "feed", "instance", "effects", "reading", "experts", "sublayers",
         "mixtures", "derive", "prove", "lookup", "wide", "anatomy", "mask",
         "layerwise", "batches",
     ),
-    "checkpoint": ("directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "hub"),
+    "checkpoint": (
+        "directory", "layout", "history", "loader", "convert", "remote_code", "proof", "save", "shards", "hub",
+    ),
     "vocabulary": (
         "backend", "reading", "counting", "renumbering", "merges", "templates", "alphabet", "fitting", "choosing",
         "translating", "rows", "trimming", "proof", "choice",
@@ -80,6 +82,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "data": ("opening", "texts", "evaluation"),
+    "streaming": (),
     "export": ("kernels", "shared", "onnx", "unigram", "gguf", "decilm"),
     "report": (
         "table", "quote", "plots", "render", "families", "check", "anatomy", "estimate", "resident", "measure", "int8",

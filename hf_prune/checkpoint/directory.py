@@ -22,6 +22,7 @@ except ImportError:  # Windows: nothing tells whether an owner is alive, so work
     fcntl = None  # type: ignore[assignment]
 
 WORKSHOP = ".hf_prune-"
+SCRATCH = "-stream"  # ends the name of a workshop that holds what is needed until a target is written
 NEW, OLD = "new", "old"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -112,6 +113,23 @@ def beside(target: Path) -> Iterator[Path]:
         _put(new, target, workshop / OLD)
 
 
+@contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A hidden directory beside the target for what is needed until that is written, removed at the end. What a killed
+    owner leaves of it is removed by the next `scratch` or `beside` there.
+
+    Args:
+        target: as `resolved` gives it.
+
+    Raises:
+        FileExistsError: another process or thread works on this directory.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear(target.parent)
+    with _workshop(target, SCRATCH) as workshop:
+        yield workshop
+
+
 def written(target: Path) -> Path:
     """The directory that `beside` yields for a target, for other processes that write into it as well."""
     return _workshop_of(target) / NEW
@@ -135,13 +153,13 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _workshop_of(target: Path) -> Path:
-    return target.parent / f"{WORKSHOP}{hashlib.sha256(target.name.encode()).hexdigest()[:12]}"
+def _workshop_of(target: Path, ending: str = "") -> Path:
+    return target.parent / f"{WORKSHOP}{hashlib.sha256(target.name.encode()).hexdigest()[:12]}{ending}"
 
 
 @contextlib.contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    workshop = _workshop_of(target)
+def _workshop(target: Path, ending: str = "") -> Iterator[Path]:
+    workshop = _workshop_of(target, ending)
     lock = _open(target, workshop)
     try:
         yield workshop

@@ -181,7 +181,7 @@ def fingerprints(directory: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**24):
+        while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
 

@@ -104,11 +104,15 @@ def _metavar(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def open_model(options: argparse.Namespace) -> PreTrainedModel:
-    import torch
-
     from ..data.opening import load_model
 
-    device_map = options.device_map or ("cuda" if torch.cuda.is_available() else None)
     return load_model(
-        options.model, options.task, revision=options.revision, dtype=options.dtype, device_map=device_map
+        options.model, options.task, revision=options.revision, dtype=options.dtype, device_map=device_of(options)
     )
+
+
+def device_of(options: argparse.Namespace) -> str | None:
+    """Where a model goes that is opened; None: to the CPU."""
+    import torch
+
+    return options.device_map or ("cuda" if torch.cuda.is_available() else None)

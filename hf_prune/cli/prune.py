@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS, TRAINING_FIELDS, PruningConfig
-from .common import config_argument, directory, model_arguments, open_model, path, tokenizer_argument
+from .common import config_argument, device_of, directory, model_arguments, open_model, path, tokenizer_argument
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +52,11 @@ def arguments(command: argparse.ArgumentParser) -> None:
     out.add_argument("--overwrite", action="store_true", help="Replace an output directory that is not empty.")
     out.add_argument("--remote-code", action="store_true", help="Add a file that opens the result without hf_prune.")
     out.add_argument("--model-type", help="Save as another stock family that holds the weights (llama: mistral).")
+    out.add_argument(
+        "--stream",
+        action="store_true",
+        help="From file to file, never whole in memory: for checkpoints larger than it.",
+    )
     out.add_argument("--dry-run", action="store_true", help="Print plan, cost, time and memory; change nothing.")
 
 
@@ -87,6 +92,9 @@ def run(options: argparse.Namespace) -> None:
     keeps = getattr(options, "keep", [PruningConfig.keep])
     configs = [pruning_config(options, keep) for keep in keeps]  # every value is checked before any work
     _refuse_full(options, keeps)
+    if options.stream:
+        _stream(options, configs)
+        return
     job = _prepare(options, keeps, min(configs, key=lambda config: config.keep))
     from ..oneshot import analyze
 
@@ -95,12 +103,66 @@ def run(options: argparse.Namespace) -> None:
         job.parts.calibration,
         job.config,
         processing_class=job.tokenizer,
-        vocabulary=options.vocabulary or (job.parts.texts() if "tokens" in (job.config.units or ()) else None),
+        vocabulary=_vocabulary(job),
     )
     if options.dry_run:
         _dry_run(job, analysis)
         return
     _cut_all(job, analysis)
+
+
+NOT_STREAMED = {  # with --stream: what is refused, and what to do instead
+    "dry_run": "--dry-run opens the model to plan",
+    "model_type": "--model-type puts all weights into another class",
+}
+
+
+def _stream(options: argparse.Namespace, configs: Sequence[PruningConfig]) -> None:
+    """Prune without a model in memory; the text is prepared for one without weights."""
+    from ..model.anatomy import describe
+    from ..report.table import rich_table
+    from ..streaming import checked_shards, prune_checkpoint
+
+    _check_streamed(options, configs)
+    started, device = time.perf_counter(), device_of(options) or "cpu"
+    checked_shards(options.model, options.revision, options.out)
+    without = argparse.Namespace(**{**vars(options), "device_map": "meta"})
+    job = _prepare(without, [configs[0].keep], configs[0])
+    result = prune_checkpoint(
+        options.model,
+        job.parts.calibration,
+        configs[0],
+        out=options.out,
+        processing_class=job.tokenizer,
+        vocabulary=_vocabulary(job),
+        task=options.task,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=device,
+        overwrite=options.overwrite,
+        remote_code=options.remote_code,
+    )
+    before, after = result.report["before"], result.report["after"]
+    rows = [{"model": "dense"} | _costs(before, before), {"model": f"keep={job.keeps[0]:g}"} | _costs(after, before)]
+    rows[1]["all of it"] = f"{time.perf_counter() - started:.0f} s"
+    job.screen.print(
+        rich_table(
+            rows, title=f"{options.model}, MACs at {describe(result.model).tokens(job.config.sequence_length)} tokens"
+        )
+    )
+    for line in [*_other_shapes(job.keeps[0], result.report), *_saved(options.out, result.report["difference"])]:
+        job.screen.print(line, markup=False, soft_wrap=True)
+
+
+def _check_streamed(options: argparse.Namespace, configs: Sequence[PruningConfig]) -> None:
+    """Raise ValueError for what cannot be done from file to file."""
+    refused = next((why for name, why in NOT_STREAMED.items() if getattr(options, name)), None)
+    if refused is not None:
+        raise ValueError(f"{refused}, and with --stream it is never whole in memory. Leave one of them out.")
+    if options.out is None or len(configs) > 1:
+        raise ValueError(
+            "--stream writes one checkpoint from the files of another: give --out, and one --keep at a time."
+        )
 
 
 def _refuse_full(options: argparse.Namespace, keeps: Sequence[float]) -> None:
@@ -141,6 +203,11 @@ def _prepare(options: argparse.Namespace, keeps: list[float], config: PruningCon
         source, model, tokenizer, config.sequence_length, config.calibration_samples, config.calibration_seed
     )
     return Job(options, keeps, config, model, tokenizer, parts, console())
+
+
+def _vocabulary(job: Job) -> Any:
+    """Texts whose tokens stay, where tokens are among the units."""
+    return job.options.vocabulary or (job.parts.texts() if "tokens" in (job.config.units or ()) else None)
 
 
 def _dry_run(job: Job, analysis: Analysis) -> None:
@@ -269,7 +336,6 @@ def _other_shapes(keep: float, report: Mapping[str, Any]) -> list[str]:
 def _save(job: Job, result: PruneResult, directory: Path | None) -> list[str]:
     """Save one result; the lines that open it."""
     from ..checkpoint.save import save_pretrained
-    from ..report.engines import opened_by, opening_lines
 
     if directory is None:
         return []
@@ -282,6 +348,12 @@ def _save(job: Job, result: PruneResult, directory: Path | None) -> list[str]:
         remote_code=options.remote_code,
         model_type=options.model_type,
     )
+    return _saved(directory, difference)
+
+
+def _saved(directory: Path, difference: float) -> list[str]:
+    from ..report.engines import opened_by, opening_lines
+
     return [
         f"\n# {directory}: saved and proven to reload (outputs differ by {difference:.0e}); opens with "
         f"{opened_by(directory)}:",

@@ -160,6 +160,13 @@ def _written(value: torch.Tensor, key: str, folder: str | os.PathLike[str]) -> W
     return Written(file, key)
 
 
+def bytes_in_memory(model: nn.Module) -> int:
+    """What a model's weights take in memory between passes, those that accelerate holds back there with them."""
+    stored = (entries.get(key) for _, (entries, key, _), _ in _stored(model))
+    kept = [*model.parameters(), *(entry for entry in stored if isinstance(entry, torch.Tensor))]
+    return sum({id(each): each.numel() * each.element_size() for each in kept if not each.is_meta}.values())
+
+
 def places(modules: Sequence[nn.Module]) -> Callable[[], None]:
     """What puts the stored weights of modules back as they are now; files that were written since then are removed."""
     found = [_place(m, name)[:2] for m in modules if has_offloaded_params(m) for name in _names(m)]
@@ -292,6 +299,11 @@ def check_readable(model: nn.Module) -> None:
                 f"{name} is offloaded to {file!r}, which is not there (any more). Load the model again, with an "
                 "offload_folder that stays until the model is saved."
             )
+
+
+def not_on_disk(model: nn.Module) -> list[str]:
+    """Offloaded weights that no file holds: what a class made anew on loading, since its checkpoint has none."""
+    return [name for name, (entries, key, _), _ in _stored(model) if not isinstance(entries.get(key), dict)]
 
 
 def check_writable(model: nn.Module, share: float) -> None:

@@ -13,6 +13,8 @@ from weakref import WeakSet, finalize
 import torch
 from torch import nn
 
+from .offload import bytes_in_memory
+
 
 class Shelf:
     """How many bytes of the tensors of all its lists may lie in memory."""
@@ -23,8 +25,9 @@ class Shelf:
 
     @classmethod
     def beside(cls, model: nn.Module) -> Shelf:
-        """As much room as the weights of a model take."""
-        return cls(sum(p.numel() * p.element_size() for p in model.parameters()))
+        """As much room as the weights of a model that lie in memory take, and at least as its largest weight."""
+        largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+        return cls(max(bytes_in_memory(model), largest))
 
     def list(self, tensors: Iterable[torch.Tensor] = ()) -> Shelved:
         """A list of tensors; what it holds is let go with it."""
