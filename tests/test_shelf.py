@@ -58,7 +58,7 @@ def test_a_full_disk_is_said(monkeypatch):
             pass
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: Full())
-    with pytest.raises(OSError, match=r"No room for 0 MiB of calibration states in .*Set TMPDIR"):
+    with pytest.raises(OSError, match=r"No room for 0 MiB in .*Set TMPDIR"):
         Shelf(room=0).list([SMALL])
 
 
