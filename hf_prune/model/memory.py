@@ -13,18 +13,19 @@ AT_ONCE, USUAL = 2**17, 2**25  # while models are cut; what glibc comes to by it
 
 @contextlib.contextmanager
 def given_back() -> Iterator[None]:
-    """Within, large tensors that are freed are so for the system, too, where the C library can (glibc)."""
-    _mallopt()(MMAP_THRESHOLD, AT_ONCE)
+    """Within, large tensors that are freed go back to the system, and at the end all that is free (with glibc)."""
+    _function("mallopt")(MMAP_THRESHOLD, AT_ONCE)
     try:
         yield
     finally:
-        _mallopt()(MMAP_THRESHOLD, USUAL)
+        _function("mallopt")(MMAP_THRESHOLD, USUAL)
+        _function("malloc_trim")(0)  # the small ones
 
 
 @functools.cache
-def _mallopt() -> Callable[[int, int], object]:
+def _function(name: str) -> Callable[..., object]:
     try:
-        found: Callable[[int, int], object] = ctypes.CDLL(None).mallopt
+        found: Callable[..., object] = getattr(ctypes.CDLL(None), name)
         return found
     except (AttributeError, OSError, TypeError):  # another C library; Windows
-        return lambda parameter, value: None
+        return lambda *values: None
