@@ -116,8 +116,8 @@ class Shelved(MutableSequence[torch.Tensor]):
                 raise
             raise OSError(
                 error.errno,
-                f"No room for {filed.size / 2**20:.0f} MiB in {tempfile.gettempdir()}, where calibration states and old "
-                "weights wait. Set TMPDIR to a directory with more, or give fewer calibration samples.",
+                f"No room for {filed.size / 2**20:.0f} MiB in {tempfile.gettempdir()}, where calibration states and "
+                "old weights wait. Set TMPDIR to a directory with more, or give fewer calibration samples.",
             ) from error
 
     def _read(self, filed: _Filed) -> torch.Tensor:
