@@ -9,10 +9,10 @@ repaired, and after one epoch with the dense model as teacher. SmolLM2 at 80% of
 neurons: perplexity on two texts that nothing is fitted to, and medians of interleaved passes as shares of the dense
 model's time. A JSON line each.
 
-Measured: MiniLM, two fine-tunings, channels alone (192 x 6 heads, 42% of the multiply-adds) 78.9 of 82.7 points untrained
-and 81.7 after the epoch; channels and neurons (half) 81.2 and 82.4. SmolLM2, 8,192 tokens: by width (450 of 576) perplexity
-212 and 156 at 0.85 of a pass's and 0.92 of a decoded token's time, by neurons 85 and 67 at 0.89 and 0.98, dense 43 and 40.
-Width is for encoders; of a language model take neurons, KV groups or layers.
+Measured: MiniLM, two fine-tunings, channels alone (192 x 6 heads, 42% of the multiply-adds) 78.9 of 82.7 points
+untrained and 81.7 after the epoch; channels and neurons (half) 81.2 and 82.4. SmolLM2, 8,192 tokens: by width (450 of
+576) perplexity 212 and 156 at 0.85 of a pass's and 0.92 of a decoded token's time; by neurons 85 and 67 at 0.89 and
+0.98; dense 43 and 40. Width is for encoders; of a language model take neurons, KV groups or layers.
 """
 
 from __future__ import annotations
