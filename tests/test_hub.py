@@ -136,6 +136,7 @@ def test_a_cut_line_is_tried_again(hub, environment, small):
     assert "model.safetensors" in hub.repos["me/small"]["main"]
 
 
+@pytest.mark.slow  # a minute and a half of waiting
 def test_a_line_that_stays_cut_loses_nothing(hub, environment, small):
     (small / "README.md").write_text("mine")
     before = contents(small)
