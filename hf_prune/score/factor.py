@@ -11,7 +11,8 @@ import torch
 def factored(gram: torch.Tensor, penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The factor L [K, K] of D (G + diag(penalty)) D, and the D [K] that gives it a diagonal of ones.
 
-    Columns of unlike size then cost no precision (van der Sluis 1969).  It is found in fp64 where fp32 finds the matrix not positive.
+    Columns of unlike size then cost no precision (van der Sluis 1969). It is found in fp64 where fp32 finds the matrix
+    not positive.
     """
     matrix = gram + torch.diag(penalty)
     scale = matrix.diagonal().rsqrt()
